@@ -1,0 +1,1 @@
+"""Reading, sampling and batching of shard sets."""
