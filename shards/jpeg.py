@@ -1,0 +1,118 @@
+"""Images on their way into a shard: verified, freed of metadata, re-encoded only where needed."""
+
+import io
+import re
+
+from PIL import Image, ImageOps
+
+from reid_dist.data.sample import MAX_IMAGE_BYTES, MAX_PIXELS
+from reid_dist.errors import UserError
+
+_FORMATS = ("JPEG", "PNG", "WEBP")
+_ORIENTATION = 0x0112
+_QUALITY = 95
+
+# JFIF says how pixels are laid out and Adobe how colours are coded: a decoder needs these two. The other APPn
+# segments (EXIF with GPS, XMP, ICC, IPTC, previews) and comments may tell where, when and by whom.
+_KEPT_APPLICATION_SEGMENTS = {0xE0: b"JFIF\0", 0xEE: b"Adobe"}
+_STANDALONE_MARKERS = frozenset({0x01, *range(0xD0, 0xD8)})
+_START_OF_SCAN, _END_OF_IMAGE, _COMMENT = 0xDA, 0xD9, 0xFE
+# Inside a scan, ff is followed by 00 or a restart marker; anything else ends it.
+_END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+
+def clean_image(data: bytes, name: str) -> tuple[bytes, int, int]:
+    """Make an image fit for a shard.
+
+    The bytes of a JPEG are copied but for its metadata segments. An image that is rotated by its EXIF orientation, is
+    not a JPEG, or has other colours than grey or RGB, is decoded and encoded once at quality 95.
+
+    Args:
+        data: the file.
+        name: what error messages call it.
+
+    Returns:
+        The JPEG to store, its width and height.
+
+    Raises:
+        UserError: it does not decode, or is above 20 MB or 4 million pixels.
+    """
+    if len(data) > MAX_IMAGE_BYTES:
+        raise UserError(f"{name}: {len(data)} bytes, more than the cap of {MAX_IMAGE_BYTES}; shrink the image")
+    image = _open(data, name)
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(
+            f"{name}: {image.width} x {image.height} pixels, more than the cap of {MAX_PIXELS}; shrink the image"
+        )
+    _load(image, name)
+    rotated = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    if image.format == "JPEG" and not rotated and image.mode in ("L", "RGB"):
+        stripped = strip_metadata(data)
+        if stripped is not None:
+            return stripped, image.width, image.height
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    buffer = io.BytesIO()
+    # An empty profile, as Pillow would otherwise copy that of the source.
+    upright.save(buffer, "JPEG", quality=_QUALITY, icc_profile=b"", exif=b"", comment=b"")
+    return buffer.getvalue(), upright.width, upright.height
+
+
+def strip_metadata(data: bytes) -> bytes | None:
+    """A JPEG without metadata segments and without bytes after its end; the picture's bytes stay as they are.
+
+    Returns:
+        The shorter file, or None when its segments cannot be followed.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    kept = [b"\xff\xd8"]
+    position = 2
+    while True:
+        start = position
+        if data[position : position + 1] != b"\xff":
+            return None
+        while data[position : position + 1] == b"\xff":  # fill bytes may stand before a marker
+            position += 1
+        if position >= len(data):
+            return None
+        marker = data[position]
+        position += 1
+        if marker == _END_OF_IMAGE:
+            kept.append(b"\xff\xd9")
+            return b"".join(kept)
+        if marker in _STANDALONE_MARKERS:
+            continue
+        content = position + 2
+        position += int.from_bytes(data[position:content], "big")
+        if marker == _START_OF_SCAN:
+            end = _END_OF_SCAN.search(data, position)
+            if end is None:
+                return None
+            position = end.start()
+        if not _is_metadata(marker, data[content : content + 5]):
+            kept.append(data[start:position])
+
+
+def _is_metadata(marker: int, beginning: bytes) -> bool:
+    if 0xE0 <= marker <= 0xEF:
+        return _KEPT_APPLICATION_SEGMENTS.get(marker) != beginning
+    return marker == _COMMENT
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Exception as error:  # damaged files raise OSError, but also SyntaxError, struct.error, ...
+        raise _undecodable(name, error) from None
+
+
+def _load(image: Image.Image, name: str) -> None:
+    try:
+        image.load()
+    except Exception as error:
+        raise _undecodable(name, error) from None
+
+
+def _undecodable(name: str, error: Exception) -> UserError:
+    reason = re.sub(r"<_io\.BytesIO object[^>]*>", "its content", str(error))
+    return UserError(f"{name}: the image does not decode ({reason}); replace the file, or remove it and its entry")
