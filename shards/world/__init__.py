@@ -1,0 +1,1 @@
+"""Procedural pedestrian world: identities, pictures, captions and raw data sets drawn by code (no photograph)."""
