@@ -1,0 +1,1 @@
+"""Retrieval evaluation: ranking metrics, closed-form baselines, feature extraction on all ranks, reports."""

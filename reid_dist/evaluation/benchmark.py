@@ -1,0 +1,200 @@
+"""The retrieval tasks of a shard set: which rows are queries and gallery, scored on all ranks together.
+
+All ranks enter a function that scores or none.
+
+Shape suffixes: N images, M captions, D feature, Q queries, G gallery entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reid_dist.data.cache import ImageCache
+from reid_dist.data.loader import eval_batches
+from reid_dist.data.reader import Rows, ShardSet
+from reid_dist.data.sample import ROLES
+from reid_dist.data.tokenizer import Tokenizer
+from reid_dist.distributed import all_gather_ragged, rank, world_size
+from reid_dist.errors import UserError
+from reid_dist.evaluation.baselines import BaselineData, ImageSet
+from reid_dist.evaluation.features import Encoder, Features, extract
+from reid_dist.evaluation.ranking import (
+    Metrics,
+    QueryRanks,
+    Retrieval,
+    rank_queries,
+    summarise,
+)
+
+Pair = dict[str, Metrics | None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One retrieval task cut out of features, and where its entries came from.
+
+    Attributes:
+        kind: whether the queries are captions.
+        retrieval: what `ranking` takes; without cameras for T2I.
+        query_Q: position of each query among the images (I2I) or the captions (T2I) of the features.
+        gallery_G: position of each gallery entry among the images of the features.
+    """
+
+    kind: Literal["t2i", "i2i"]
+    retrieval: Retrieval
+    query_Q: Tensor
+    gallery_G: Tensor
+
+
+def benchmark_rows(shards: ShardSet, split: str = "test") -> Rows:
+    """Every row of a split that takes part in retrieval: queries, gallery and distractors, not junk."""
+    return shards.rows(split, ["query", "gallery", "distractor"])
+
+
+def _has_role(role_N: Tensor, *names: str) -> Tensor:
+    chosen = torch.tensor([ROLES.index(name) for name in names], device=role_N.device)
+    return torch.isin(role_N, chosen)
+
+
+def t2i_task(features: Features) -> Task | None:
+    """Captions of query and gallery images against every distinct image; None without captions."""
+    if features.text_MD is None:
+        return None
+    query_Q = (~_has_role(features.role_N, "distractor")[features.text_image_M]).nonzero().flatten()
+    retrieval = Retrieval(
+        features.text_MD[query_Q],
+        features.image_ND,
+        features.text_pid_M[query_Q],
+        features.image_pid_N,
+    )
+    return Task(
+        "t2i",
+        retrieval,
+        query_Q,
+        torch.arange(len(features.row_N), device=query_Q.device),
+    )
+
+
+def i2i_task(features: Features) -> Task | None:
+    """Query images against gallery and distractors with their cameras; None unless the set has both sides."""
+    query_Q = _has_role(features.role_N, "query").nonzero().flatten()
+    gallery_G = _has_role(features.role_N, "gallery", "distractor").nonzero().flatten()
+    if len(query_Q) == 0 or len(gallery_G) == 0:
+        return None
+    sides = [
+        column[part]
+        for column in (features.image_ND, features.image_pid_N, features.camid_N)
+        for part in (query_Q, gallery_G)
+    ]
+    return Task("i2i", Retrieval(*sides), query_Q, gallery_G)
+
+
+def rank_task(task: Task, chunk: int = 512) -> QueryRanks:
+    """`rank_queries` with the queries shared out over the ranks; each gets the whole answer."""
+    own = task.retrieval.only(slice(rank(), None, world_size()))
+    parts = all_gather_ragged(rank_queries(own, chunk=chunk).table())
+    table_Q5 = torch.empty(len(task.query_Q), 5, dtype=torch.float64, device=task.query_Q.device)
+    for part, table in enumerate(parts):
+        table_Q5[part :: world_size()] = table
+    return QueryRanks.from_table(table_Q5)
+
+
+def score(features: Features) -> Pair:
+    """Metrics of both tasks, None for a task that the features do not allow.
+
+    Raises:
+        UserError: none of the queries of a task has a positive.
+    """
+    tasks = {"t2i": t2i_task(features), "i2i": i2i_task(features)}
+    return {name: None if task is None else summarise(rank_task(task)) for name, task in tasks.items()}
+
+
+def extract_benchmark(
+    encoder: Encoder,
+    shards: ShardSet,
+    tokenizer: Tokenizer | None,
+    size: tuple[int, int],
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    split: str = "test",
+    cache: ImageCache | None = None,
+) -> Features:
+    """`extract` of everything that the split's retrieval tasks need."""
+    rows = benchmark_rows(shards, split)
+    if len(rows) == 0:
+        raise UserError(
+            f"evaluation: {shards.path} ({shards.name}): no query or gallery images in split {split}; "
+            "choose another split or benchmark"
+        )
+    return extract(encoder, shards, rows, size, tokenizer, batch_size, device, cache)
+
+
+def evaluate_benchmark(
+    encoder: Encoder,
+    shards: ShardSet,
+    tokenizer: Tokenizer | None,
+    size: tuple[int, int],
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    split: str = "test",
+    cache: ImageCache | None = None,
+) -> Pair:
+    """Scores one shard set on what its roles allow. A collective with the same result on every rank.
+
+    Returns:
+        {"t2i": metrics or None, "i2i": metrics or None}: T2I for a set with captions (and a tokenizer), I2I
+        for a set with the roles query and gallery.
+
+    Raises:
+        UserError: see `extract`; or no query has a positive.
+    """
+    return score(extract_benchmark(encoder, shards, tokenizer, size, batch_size, device, split, cache))
+
+
+def load_images(shards: ShardSet, rows: Rows, size: tuple[int, int], cache: ImageCache | None = None) -> ImageSet:
+    """Decoded images of some rows with their labels, for the closed-form learners; not a collective."""
+    images = [
+        batch["image_BCHW"].permute(0, 2, 3, 1).contiguous()
+        for _, batch in eval_batches(shards, rows, size, 256, cache=cache)
+    ]
+    index = shards.index[rows]
+    return ImageSet(
+        torch.cat(images) if images else torch.zeros(0, *size, 3, dtype=torch.uint8),
+        torch.from_numpy(index["pid"].astype(np.int64)),
+        torch.from_numpy(index["camid"].astype(np.int64)),
+        [shards.sample(row).captions for row in rows.tolist()],
+    )
+
+
+def load_baseline_data(
+    identity: ShardSet | None,
+    captioned: ShardSet | None,
+    size: tuple[int, int],
+    split: str = "test",
+    cache: ImageCache | None = None,
+) -> BaselineData:
+    """Reads what `baselines.closed_form_baselines` needs.
+
+    Args:
+        identity: the I2I set (roles query and gallery); its train split fits the whitening.
+        captioned: the T2I set; its train split fits the ridge regression.
+        size: (height, width).
+        split: the split to score; fitting always uses train.
+        cache: decoded images kept by the caller.
+    """
+
+    def part(shards: ShardSet | None, of: str, *roles: str) -> ImageSet | None:
+        return None if shards is None else load_images(shards, shards.rows(of, roles), size, cache)
+
+    return BaselineData(
+        identity_train=part(identity, "train", "train"),
+        query=part(identity, split, "query"),
+        gallery=part(identity, split, "gallery", "distractor"),
+        caption_train=part(captioned, "train", "train"),
+        caption_gallery=part(captioned, split, "query", "gallery"),
+    )

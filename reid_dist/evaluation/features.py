@@ -1,0 +1,218 @@
+"""Features of images and captions, extracted on all ranks.
+
+Every rank takes its own blocks of images and captions, each sample once and without padding; after one
+exchange all ranks hold the same features in the order of the rows. The blocks do not depend on the number of
+ranks, and neither does any bit of a result, as long as the encoder computes a block alike on every rank. All
+ranks enter a function of this file or none; a failure on one rank is raised on all of them.
+
+Shape suffixes: N images, M captions, D feature, B block, L tokens, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from reid_dist.data.cache import ImageCache
+from reid_dist.data.loader import caption_batches, caption_table, eval_batches
+from reid_dist.data.reader import Rows, ShardSet
+from reid_dist.data.tokenizer import Tokenizer
+from reid_dist.distributed import all_gather_ragged, rank, world_size
+from reid_dist.errors import UserError
+
+CAPTIONS_PER_IMAGE_BLOCK = 4  # a sentence costs less than an image
+
+
+class Encoder(Protocol):
+    """What evaluation calls; usually a Stage. An nn.Module runs in eval mode and is put back after."""
+
+    def encode_image(self, image_BCHW: Tensor) -> Tensor:
+        """uint8 images to features [B, D]."""
+
+    def encode_text(self, token_BL: Tensor) -> Tensor:
+        """Token ids to features [B, D]."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """fp32 L2-normalised features with labels, identical on every rank, in the order of the rows asked for.
+
+    Attributes:
+        image_ND: on the device.
+        image_pid_N: position in the shard set's identities.
+        camid_N: camera, -1 = unknown.
+        role_N: position in ROLES.
+        row_N: row of the shard set.
+        text_MD: None when no captions were asked for.
+        text_pid_M: identity of the image that the caption belongs to.
+        text_image_M: position of that image in row_N.
+        captions: the M sentences.
+    """
+
+    image_ND: Tensor
+    image_pid_N: Tensor
+    camid_N: Tensor
+    role_N: Tensor
+    row_N: Tensor
+    text_MD: Tensor | None
+    text_pid_M: Tensor
+    text_image_M: Tensor
+    captions: list[str]
+
+
+@contextmanager
+def evaluating(encoder: object) -> Iterator[None]:
+    """Inference mode, and eval mode for every module of the encoder; each gets its own mode back."""
+    modules = list(encoder.modules()) if isinstance(encoder, nn.Module) else []
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _raise_together(problem: Exception | None, width: int, device: torch.device) -> int:
+    """All ranks learn whether one failed; returns the width D, which a rank without a block does not know."""
+    state = torch.tensor([[int(problem is not None), width]], device=device)
+    states = torch.cat(all_gather_ragged(state))
+    if problem is not None:
+        raise problem
+    failed = states[:, 0].nonzero().flatten().tolist()
+    if failed:
+        raise UserError(f"evaluation: extraction failed on rank {failed[0]}; its message says why")
+    return int(states[:, 1].max())
+
+
+def _gather_blocks(
+    blocks: Iterable[tuple[Rows, Tensor]],
+    count: int,
+    encode: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> Tensor:
+    """Encodes this rank's blocks and puts those of all ranks in place.
+
+    Args:
+        blocks: positions [B] and encoder input of each block.
+        count: positions of all ranks together.
+        encode: input to features.
+        device: where to compute.
+
+    Returns:
+        fp32 L2-normalised [count, D].
+    """
+    positions, parts, problem = [], [], None
+    try:
+        for position_B, value in blocks:
+            feature_BD = encode(value.to(device, non_blocking=True)).float()
+            positions.append(torch.from_numpy(position_B))
+            parts.append(nn.functional.normalize(feature_BD, dim=1))
+    except Exception as error:
+        problem = error
+    width = _raise_together(problem, parts[0].shape[1] if parts else 0, device)
+    own_ND = torch.cat(parts) if parts else torch.zeros(0, width, device=device)
+    own_N = torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64)
+    place_N = torch.cat(all_gather_ragged(own_N.to(device)))
+    if not torch.equal(place_N.sort().values, torch.arange(count, device=device)):
+        raise RuntimeError("evaluation: the blocks of the ranks do not cover every sample exactly once")
+    out_ND = torch.empty(count, width, device=device)
+    out_ND[place_N] = torch.cat(all_gather_ragged(own_ND))
+    return out_ND
+
+
+def _check_finite(feature_ND: Tensor, name: Callable[[int], str]) -> None:
+    """Raises on all ranks alike, as all hold the same features."""
+    broken = (~feature_ND.isfinite().all(dim=1)).nonzero().flatten()
+    if len(broken):
+        raise UserError(
+            f"evaluation: the features of {name(int(broken[0]))} hold nan or inf ({len(broken)} of "
+            f"{len(feature_ND)}); the model diverged or overflowed: lower optimizer.lr or use precision fp32"
+        )
+
+
+def extract(
+    encoder: Encoder,
+    shards: ShardSet,
+    rows: Rows,
+    size: tuple[int, int],
+    tokenizer: Tokenizer | None = None,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    cache: ImageCache | None = None,
+) -> Features:
+    """Features of some rows and, given a tokenizer, of all their captions. A collective: every rank calls it.
+
+    Args:
+        encoder: its features may have any float dtype and length; they are L2-normalised in fp32.
+        shards: one set.
+        rows: rows of the set, in the order wanted.
+        size: (height, width) of the encoder's input.
+        tokenizer: None leaves the captions out.
+        batch_size: images of a block; a block of captions is four times as long.
+        device: of the encoder.
+        cache: decoded images kept by the caller.
+
+    Raises:
+        UserError: no rows, an image does not decode (on any rank), or the encoder produced nan or inf.
+    """
+    if len(rows) == 0:
+        raise UserError(f"evaluation: {shards.path}: no images in the rows asked for; check the split and the roles")
+    device = torch.device(device)
+    images = (
+        (place, batch["image_BCHW"])
+        for place, batch in eval_batches(shards, rows, size, batch_size, rank(), world_size(), cache)
+    )
+    blocks = -(-len(rows) // (batch_size * world_size()))
+    captions, owner_M = caption_table(shards, rows) if tokenizer is not None else ([], np.zeros(0, np.int64))
+    text_MD = None
+    with evaluating(encoder):
+        shown = _progress(images, blocks, shards.name)
+        image_ND = _gather_blocks(shown, len(rows), encoder.encode_image, device)
+        if tokenizer is not None and captions:
+            length = CAPTIONS_PER_IMAGE_BLOCK * batch_size
+            texts = caption_batches(captions, tokenizer, length, rank(), world_size())
+            text_MD = _gather_blocks(texts, len(captions), encoder.encode_text, device)
+    image_ND = image_ND.clone()  # outside inference mode: ordinary tensors again
+    text_MD = None if text_MD is None else text_MD.clone()
+    _check_finite(image_ND, lambda i: shards.describe(int(rows[i])))
+    if text_MD is not None:
+        _check_finite(text_MD, lambda i: f'{shards.path}, caption "{captions[i][:60]}"')
+    index = shards.index[rows]
+
+    def labels(value: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
+        return torch.from_numpy(value.astype(np.int64)).to(device)
+
+    return Features(
+        image_ND=image_ND,
+        image_pid_N=labels(index["pid"]),
+        camid_N=labels(index["camid"]),
+        role_N=labels(index["role"]),
+        row_N=labels(rows),
+        text_MD=text_MD,
+        text_pid_M=labels(index["pid"][owner_M]),
+        text_image_M=labels(owner_M),
+        captions=captions,
+    )
+
+
+def _progress(blocks: Iterable[tuple[Rows, Tensor]], total: int, name: str) -> Iterable[tuple[Rows, Tensor]]:
+    quiet = rank() != 0 or not sys.stderr.isatty()
+    return tqdm(
+        blocks,
+        total=total,
+        desc=f"features of {name}",
+        unit="batch",
+        disable=quiet,
+        leave=False,
+    )
