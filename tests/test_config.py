@@ -1,0 +1,340 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from reid_dist.config import I2ILoss, RunConfig, T2IStageConfig, dump_config, load_config
+from reid_dist.errors import UserError
+
+RECIPE = """\
+# a comment
+output_dir: runs/test
+model: {architecture: ViT-B-16, image_size: [256, 128]}
+data:
+  root: shards
+  global_batch_size: 32
+  augment: {flip: 0.25, erase: 0.5}
+optimizer: {lr: 1e-5, warmup_steps: 10}
+evaluation: {t2i: [cuhk_pedes]}
+stages:
+  - name: pretrain
+    steps: 100
+    data: {train: [generic], augment: {erase: 0.0}}
+  - name: i2i
+    steps: 50
+    data: {train: [market1501], sampler: identity}
+    optimizer: {lr: 3.0e-4}
+    loss: {triplet_margin: 0.5}
+  - name: second
+    kind: t2i
+    steps: 20
+    data: {train: [cuhk_pedes]}
+    freeze: [visual]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    """The lines of the one error that loading must give."""
+    with pytest.raises(UserError) as refusal:
+        load_config(path, overrides)
+    lines = str(refusal.value).splitlines()
+    assert all("pydantic" not in line and line.strip() for line in lines)
+    return lines
+
+
+def changed(path: Path, old: str, new: str) -> Path:
+    assert old in RECIPE
+    path.write_text(RECIPE.replace(old, new))
+    return path
+
+
+# Defaults of stages
+
+
+def test_top_level_sections_are_the_defaults_of_every_stage(recipe: Path) -> None:
+    pretrain, i2i, t2i = load_config(recipe).stages
+    assert [stage.data.global_batch_size for stage in (pretrain, i2i, t2i)] == [32, 32, 32]
+    assert [stage.optimizer.lr for stage in (pretrain, i2i, t2i)] == [1e-5, 3e-4, 1e-5]
+    assert i2i.optimizer.warmup_steps == 10
+    assert t2i.evaluation.t2i == ["cuhk_pedes"]
+
+
+def test_a_stage_overrides_single_keys_of_nested_sections(recipe: Path) -> None:
+    pretrain, i2i, _ = load_config(recipe).stages
+    assert (pretrain.data.augment.flip, pretrain.data.augment.erase) == (0.25, 0.0)
+    assert (i2i.data.augment.flip, i2i.data.augment.erase) == (0.25, 0.5)
+
+
+def test_a_stage_s_kind_is_its_name_unless_given(recipe: Path) -> None:
+    config = load_config(recipe)
+    assert [stage.kind for stage in config.stages] == ["pretrain", "i2i", "t2i"]
+    assert isinstance(config.stages[2], T2IStageConfig) and config.stages[2].name == "second"
+
+
+def test_losses_belong_to_the_kind(recipe: Path) -> None:
+    loss = load_config(recipe).stages[1].loss  # type: ignore[union-attr]
+    assert isinstance(loss, I2ILoss) and (loss.triplet_margin, loss.label_smoothing) == (0.5, 0.1)
+    assert problems(recipe, "stages.second.loss.triplet_margin=1")[0].startswith(
+        f"{recipe}: unknown key stages.second.loss.triplet_margin"
+    )
+
+
+def test_a_number_without_a_dot_is_still_a_number(recipe: Path) -> None:
+    """YAML 1.1 reads 1e-5 as a string."""
+    assert yaml.safe_load("1e-5") == "1e-5"
+    assert load_config(recipe).stages[0].optimizer.lr == 1e-5
+    assert load_config(recipe, ["optimizer.lr=2e-4"]).stages[0].optimizer.lr == 2e-4
+
+
+# Overrides
+
+
+def test_overrides_win_over_the_file_and_stages_over_the_top(recipe: Path) -> None:
+    config = load_config(recipe, ["optimizer.lr=1e-3", "stages.second.optimizer.lr=2e-3", "data.root=/elsewhere"])
+    assert [stage.optimizer.lr for stage in config.stages] == [1e-3, 3e-4, 2e-3]
+    assert {str(stage.data.root) for stage in config.stages} == {"/elsewhere"}
+
+
+def test_overrides_reach_keys_that_the_file_lacks_and_take_yaml_values(recipe: Path) -> None:
+    config = load_config(
+        recipe,
+        [
+            "engine.zero_stage=3",
+            "max_steps=5",
+            "model.image_size=[384, 128]",
+            "stages.i2i.freeze=[text]",
+            "model.weights=a=b",
+        ],
+    )
+    assert config.stages[0].engine.zero_stage == 3
+    assert [config.stage_steps(stage) for stage in config.stages] == [5, 5, 5]
+    assert config.model.image_size == (384, 128)
+    assert config.stages[1].freeze == ["text"]
+    assert config.model.weights == "a=b"
+
+
+def test_max_steps_caps_and_never_raises(recipe: Path) -> None:
+    config = load_config(recipe, ["max_steps=30"])
+    assert [config.stage_steps(stage) for stage in config.stages] == [30, 30, 20]
+    config = load_config(recipe)
+    assert [config.stage_steps(stage) for stage in config.stages] == [100, 50, 20]
+
+
+@pytest.mark.parametrize("override", ["max_steps", "=3", "--steps=3"])
+def test_an_override_without_a_key_and_a_value_is_told(override: str, recipe: Path) -> None:
+    assert override.split("=")[0] in problems(recipe, override)[0]
+
+
+def test_an_override_below_a_value_is_told(recipe: Path) -> None:
+    assert "root is not a section" in problems(recipe, "data.root.x=1")[0]
+    assert "stages" in problems(recipe, "stages.i2i=3")[0]
+
+
+def test_an_override_that_is_not_yaml_is_told(recipe: Path) -> None:
+    assert "not valid YAML" in problems(recipe, "model.image_size=[1")[0]
+
+
+def test_an_override_of_an_unknown_stage_offers_the_nearest(recipe: Path) -> None:
+    (line,) = problems(recipe, "stages.secnd.steps=3")
+    assert line.startswith("stages.secnd:") and line.endswith("did you mean second?")
+
+
+# Unknown names
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "nearest"),
+    [
+        ("output_dri=x", "output_dri", "output_dir"),
+        ("optimizr.lr=1", "optimizr", "optimizer"),
+        ("optimizer.warmup_step=1", "optimizer.warmup_step", "warmup_steps"),
+        ("data.augment.flp=1", "data.augment.flp", "flip"),
+        ("model.achitecture=x", "model.achitecture", "architecture"),
+        ("stages.i2i.step=1", "stages.i2i.step", "steps"),
+        ("stages.i2i.loss.triplet_magin=1", "stages.i2i.loss.triplet_magin", "triplet_margin"),
+        ("stages.i2i.data.augment.erasse=1", "stages.i2i.data.augment.erasse", "erase"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_that_exists(
+    override: str, key: str, nearest: str, recipe: Path
+) -> None:
+    assert problems(recipe, override) == [f"{recipe}: unknown key {key}; did you mean {nearest}?"]
+
+
+def test_a_key_unlike_any_lists_those_that_exist(recipe: Path) -> None:
+    (line,) = problems(recipe, "engine.qqqq=1")
+    assert line.endswith("known: backend, zero_stage, precision, gradient_accumulation_steps, max_grad_norm, deepspeed")
+
+
+def test_an_unknown_stage_offers_the_nearest(recipe: Path) -> None:
+    (line,) = problems(changed(recipe, "kind: t2i", "kind: t2ii"))
+    assert "unknown stage 't2ii'; did you mean t2i?" in line
+
+
+def test_raw_deepspeed_keys_are_free(recipe: Path) -> None:
+    config = load_config(recipe, ["engine.deepspeed.zero_optimization.overlap_comm=true"])
+    assert config.stages[0].engine.deepspeed == {"zero_optimization": {"overlap_comm": True}}
+
+
+# Wrong values
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optimizer.lr=-1", "optimizer.lr"),
+        ("optimizer.lr=fast", "optimizer.lr"),
+        ("data.augment.flip=1.5", "data.augment.flip"),
+        ("model.image_size=384", "model.image_size"),
+        ("model.image_size=[384]", "model.image_size"),
+        ("model.image_size=[-384, 128]", "model.image_size"),
+        ("optimizer.lr=.nan", "optimizer.lr"),
+        ("engine.zero_stage=4", "engine.zero_stage"),
+        ("stages.i2i.steps=-1", "stages.i2i.steps"),
+        ("stages.i2i.steps=1.5", "stages.i2i.steps"),
+        ("stages.i2i.loss.label_smoothing=1", "stages.i2i.loss.label_smoothing"),
+        ("max_steps=0", "max_steps"),
+        ("engine=3", "engine"),
+        ("engine=", "engine"),
+        ("stages.i2i.data.train=market1501", "stages.i2i.data.train"),
+        ("seed=", "seed"),
+    ],
+)
+def test_a_wrong_value_is_told_once_with_file_and_key(override: str, key: str, recipe: Path) -> None:
+    (line,) = problems(recipe, override)
+    assert line.startswith(f"{recipe}: {key}"), line
+
+
+def test_a_misspelt_choice_offers_the_nearest(recipe: Path) -> None:
+    (line,) = problems(recipe, "engine.precision=bf61")
+    assert f"{recipe}: engine.precision:" in line and "did you mean bf16?" in line
+
+
+def test_all_problems_are_told_at_once(recipe: Path) -> None:
+    lines = problems(recipe, "optimizer.lr=-1", "stages.i2i.steps=-3", "model.image_size=7", "seed=-1")
+    assert len(lines) == 4
+    for key in ("optimizer.lr", "stages.i2i.steps", "model.image_size", "seed"):
+        assert sum(f"{recipe}: {key}: " in line for line in lines) == 1
+
+
+def test_unknown_keys_and_wrong_values_are_told_together(recipe: Path) -> None:
+    lines = problems(recipe, "optimizer.lrr=1", "stages.i2i.step=1", "engine.zero_stage=9", "stages.second.kind=t2")
+    assert len(lines) == 4, lines
+    for part in ("optimizer.lrr", "stages.i2i.step;", "engine.zero_stage", "'t2'"):
+        assert sum(part in line for line in lines) == 1
+
+
+def test_a_missing_key_is_named(recipe: Path) -> None:
+    (line,) = problems(changed(recipe, "model: {architecture: ViT-B-16, image_size: [256, 128]}", ""))
+    assert line.startswith(f"{recipe}: model: ")
+    (line,) = problems(changed(recipe, "    steps: 50\n", ""))
+    assert line.startswith(f"{recipe}: stages.i2i.steps: ")
+
+
+# Rules between keys
+
+
+def test_stages_of_one_name_are_refused(recipe: Path) -> None:
+    (line,) = problems(changed(recipe, "name: second", "name: i2i"))
+    assert "two stages share a name" in line
+
+
+def test_two_stages_of_one_kind_are_fine(recipe: Path) -> None:
+    config = load_config(changed(recipe, "kind: t2i", "kind: pretrain"))
+    assert [stage.kind for stage in config.stages] == ["pretrain", "i2i", "pretrain"]
+
+
+@pytest.mark.parametrize("name", ["../up", "a b", "", "x" * 41, "a/b"])
+def test_a_stage_s_name_must_do_as_a_folder_s(name: str, recipe: Path) -> None:
+    lines = problems(changed(recipe, "name: second", f"name: {name!r}"))
+    assert len(lines) == 1 and "name" in lines[0]
+
+
+def test_a_stage_without_training_data_is_refused_unless_it_has_no_steps(recipe: Path) -> None:
+    (line,) = problems(recipe, "stages.second.data.train=[]")
+    assert line.startswith(f"{recipe}: stages.second: data.train is empty")
+    assert load_config(recipe, ["stages.second.data.train=[]", "stages.second.steps=0"]).stages[2].steps == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("stages.i2i.freeze=[visual]", "i2i stage trains the vision encoder"),
+        ("stages.second.freeze=[visual, text]", "nothing to train"),
+        ("stages.second.freeze=[image]", "freeze"),
+        ("stages.second.freeze=visual", "freeze"),
+    ],
+)
+def test_impossible_freezes_are_refused(override: str, reason: str, recipe: Path) -> None:
+    (line,) = problems(recipe, override)
+    assert reason in line and str(recipe) in line
+
+
+def test_an_i2i_stage_may_freeze_the_text_tower(recipe: Path) -> None:
+    assert load_config(recipe, ["stages.i2i.freeze=[text]"]).stages[1].freeze == ["text"]
+
+
+def test_pure_bf16_needs_a_zero_stage_with_fp32_masters(recipe: Path) -> None:
+    lines = problems(recipe, "engine.precision=pure_bf16", "engine.zero_stage=0")
+    assert lines and all("zero_stage 1, 2 and 3" in line for line in lines)
+    for zero_stage in (1, 2, 3):
+        load_config(recipe, ["engine.precision=pure_bf16", f"engine.zero_stage={zero_stage}"])
+    load_config(recipe, ["engine.precision=bf16", "engine.zero_stage=0"])
+
+
+# The file
+
+
+def test_a_repeated_key_is_refused(recipe: Path) -> None:
+    (line,) = problems(changed(recipe, "output_dir: runs/test\n", "output_dir: runs/test\noutput_dir: other\n"))
+    assert "'output_dir' stands twice" in line and "line 3" in line
+    (line,) = problems(changed(recipe, "  root: shards\n", "  root: shards\n  root: other\n"))
+    assert "'root' stands twice" in line
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a\n", "3", "a: [", "a: !!python/object/apply:os.getcwd []", "? [a]\n: b\n", "a: \x00"]
+)
+def test_a_file_that_is_no_recipe_is_told(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    (line,) = problems(path)
+    assert line.startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("stages", ["", "[]", "3", "[pretrain]", "[[]]", "{pretrain: {steps: 3}}", "[{steps: 3}]"])
+def test_stages_that_are_no_list_of_stages_are_told(stages: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(f"model: {{architecture: ViT-B-16}}\nstages: {stages}\n")
+    lines = problems(path)
+    assert len(lines) == 1 and lines[0].startswith(f"{path}: stages"), lines
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    assert "cannot read" in problems(tmp_path / "absent.yaml")[0]
+    assert "cannot read" in problems(tmp_path)[0]
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80abc")
+    (line,) = problems(tmp_path / "binary.yaml")
+    assert "binary.yaml" in line
+
+
+def test_the_resolved_config_reads_back_unchanged(recipe: Path, tmp_path: Path) -> None:
+    overrides = ["max_steps=7", "engine.deepspeed.a.b=1", "optimizer.betas=[0.8, 0.9]", "model.vocabulary=words.txt"]
+    config = load_config(recipe, overrides)
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(dump_config(config))
+    assert load_config(dumped) == config
+    assert dump_config(load_config(dumped)) == dump_config(config)
+
+
+def test_a_config_cannot_be_changed(recipe: Path) -> None:
+    config: RunConfig = load_config(recipe)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
