@@ -1,0 +1,112 @@
+"""Fixtures of all tests: one thread per process, and functions run as ranks of a real gloo process group."""
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Several ranks share the cores, and a process that never started OpenMP's threads can be forked safely.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import io
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reid_dist import distributed
+from reid_dist.engine import prepare_environment
+
+prepare_environment()
+torch.set_num_threads(1)
+
+
+def _rank_main(
+    pipe: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        distributed.initialize(torch.device("cpu"), timeout_s=60)
+        # Serialised here: torch would pass tensors as file descriptors of a process that is about to end.
+        buffer = io.BytesIO()
+        torch.save(function(*args), buffer)
+        pipe.send(("result", buffer.getvalue()))
+    except BaseException:
+        pipe.send(("error", traceback.format_exc()))
+    finally:
+        pipe.close()
+        # No atexit handlers: they belong to the parent that was forked.
+        os._exit(0)
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
+    """Runs `function(*args)` on `world_size` forked gloo ranks; returns their results in rank order.
+
+    A rank's traceback is raised here; all ranks are gone when this returns.
+    """
+    context = multiprocessing.get_context("fork")
+    port = distributed.free_port()
+    ranks = []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_rank_main, args=(sender, rank, world_size, port, function, args))
+        process.start()
+        sender.close()
+        ranks.append((process, receiver))
+    deadline = time.monotonic() + timeout_s
+    results = []
+    try:
+        for rank, (_, receiver) in enumerate(ranks):
+            if not receiver.poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"rank {rank} of {world_size} gave no result in {timeout_s} s")
+            kind, value = receiver.recv()
+            if kind == "error":
+                raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
+            results.append(torch.load(io.BytesIO(value), weights_only=False))
+    finally:
+        for process, _ in ranks:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        _remove_shared_memory(port)
+    return results
+
+
+def _remove_shared_memory(port: int) -> None:
+    """DeepSpeed leaves a 66 MB file for each rank; its name ends in the port and the rank."""
+    for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        file.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The procedural world in small: shard sets cuhk_pedes, market1501 and generic, and vocabulary.txt."""
+    from reid_dist.data.reader import ShardSet
+    from reid_dist.data.tokenizer import count_words, write_vocabulary
+    from shards.world.export import export
+    from shards.world.spec import LEVELS, ExportSpec, World
+    from shards.write import write
+
+    root = tmp_path_factory.mktemp("tiny_world")
+    level = LEVELS["quickstart"]
+    world = World(3, level["hardness"], int(level["siblings"]), level["coverage"], level["wrong"])
+    for converter, name, count in (
+        ("cuhk_pedes",) * 2 + (16,),
+        ("market1501",) * 2 + (16,),
+        ("img2dataset", "generic", 48),
+    ):
+        export(ExportSpec(converter, world, count, 8, 0, 6, 0.4), root / "raw" / name, 1)
+        write(converter, root / "raw" / name, root / name)
+    write_vocabulary(count_words([ShardSet(root / "cuhk_pedes"), ShardSet(root / "generic")]), root / "vocabulary.txt")
+    return root
+
+
+@pytest.fixture(scope="session", name="run_ranks")
+def _run_ranks() -> Callable[..., list[Any]]:
+    return run_ranks
