@@ -1,0 +1,238 @@
+"""The image and text encoders of one model, built from an open_clip architecture or our own JSON file.
+
+Shape suffixes: B batch, C channels, H rows, W columns, L tokens, D feature size, N grid positions (+ class token).
+"""
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import TextTransformer
+from torch import Tensor, nn
+
+from reid_dist.errors import UserError
+from reid_dist.models.row_conv import RowConvTower
+
+Interpolation = Literal["bilinear", "bicubic"]
+MAX_LOGIT_SCALE = math.log(100.0)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class EncoderOutput(NamedTuple):
+    """Features of a batch of pairs, not normalised, and the inverse temperature (exponentiated)."""
+
+    image_features: Tensor  # (B, D)
+    text_features: Tensor  # (B, D)
+    logit_scale: Tensor  # (1,), fp32
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """What a tokenizer must produce for the text tower."""
+
+    context_length: int
+    vocab_size: int
+
+
+class DualEncoder(nn.Module):
+    """`visual`, `text` and `logit_scale`; images come in as uint8 and are normalised here.
+
+    `features` is D, the size of both towers' features.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        text: nn.Module,
+        text_shape: TextShape,
+        features: int,
+        image_mean: tuple[float, float, float] = CLIP_MEAN,
+        image_std: tuple[float, float, float] = CLIP_STD,
+    ) -> None:
+        super().__init__()
+        self.visual = visual
+        self.text = text
+        self.text_shape = text_shape
+        self.features = features
+        # One element, not a scalar: deepspeed.initialize cannot broadcast a 0-dimensional parameter.
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
+        # Set by the engine where the parameter itself is a bf16 copy of an fp32 master.
+        self.exact_logit_scale: Tensor | None = None
+        self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
+
+    def encode_image(self, image_BCHW: Tensor) -> Tensor:
+        """Image features, not normalised.
+
+        Args:
+            image_BCHW: uint8 in 0..255, or float already normalised. Shape: (B, 3, H, W).
+
+        Returns:
+            Shape: (B, D).
+        """
+        if image_BCHW.dtype == torch.uint8:
+            dtype = next(self.visual.parameters()).dtype
+            image_BCHW = ((image_BCHW.to(torch.float32) / 255 - self.image_mean) / self.image_std).to(dtype)
+        features: Tensor = self.visual(image_BCHW)
+        return features
+
+    def encode_text(self, token_BL: Tensor) -> Tensor:
+        """Text features, not normalised. Shape: (B, L) -> (B, D)."""
+        features: Tensor = self.text(token_BL)
+        return features
+
+    def forward(self, image_BCHW: Tensor, token_BL: Tensor) -> EncoderOutput:
+        """Both towers and the inverse temperature, so that an engine that gathers weights module by module sees all."""
+        log_scale = self.logit_scale.float()
+        if self.exact_logit_scale is not None:
+            # The master's value with the parameter's gradient: bf16 would round the scale by per cents.
+            log_scale = self.exact_logit_scale + (log_scale - log_scale.detach())
+        return EncoderOutput(self.encode_image(image_BCHW), self.encode_text(token_BL), log_scale.exp())
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the blocks of both towers in backward: less memory, about a third more time."""
+        self.visual.set_grad_checkpointing(enable)  # type: ignore[operator]
+        self.text.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+
+def read_architecture(architecture: str) -> dict[str, Any]:
+    """The model's JSON description: a file ending in `.json`, or the name of an open_clip architecture.
+
+    Raises:
+        UserError: no such file, no such name (the nearest are offered), or a file that lacks a section.
+    """
+    if architecture.endswith(".json"):
+        try:
+            config: dict[str, Any] = json.loads(Path(architecture).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.architecture: cannot read {architecture}: {error}") from error
+    else:
+        known = open_clip.get_model_config(architecture)
+        if known is None:
+            raise UserError(_unknown_architecture(architecture))
+        config = copy.deepcopy(known)
+    missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config if isinstance(config, dict) else ())
+    if missing:
+        raise UserError(f"model.architecture: {architecture} lacks {', '.join(sorted(missing))}")
+    return config
+
+
+def build_dual_encoder(
+    architecture: str,
+    image_size: tuple[int, int],
+    patch_stride: int | None = None,
+    image_mean: tuple[float, float, float] = CLIP_MEAN,
+    image_std: tuple[float, float, float] = CLIP_STD,
+) -> DualEncoder:
+    """Builds an encoder with random weights.
+
+    Args:
+        architecture: name of an open_clip architecture, or path of a JSON file of the same form, whose `vision_cfg`
+            may instead hold `row_conv`: the arguments of `RowConvTower`.
+        image_size: (height, width) in pixels.
+        patch_stride: stride of a ViT's patch embedding; less than the patch size makes patches overlap.
+        image_mean: mean of each channel of images in 0..1.
+        image_std: standard deviation of the same.
+
+    Raises:
+        UserError: unknown architecture, or a size or stride that it cannot take.
+    """
+    config = read_architecture(architecture)
+    try:
+        if "row_conv" in config["vision_cfg"]:
+            visual: nn.Module = RowConvTower(config["embed_dim"], **config["vision_cfg"]["row_conv"])
+            text: nn.Module = TextTransformer(output_dim=config["embed_dim"], **config["text_cfg"])
+        else:
+            towers = _open_clip_towers(config, image_size)
+            visual, text = towers.visual, towers.text
+    except (
+        TypeError,
+        ValueError,
+        AssertionError,
+        RuntimeError,
+    ) as error:  # an unknown key, heads that do not divide ...
+        raise UserError(f"model.architecture: {architecture} cannot be built: {error}") from error
+    if patch_stride is not None:
+        _set_patch_stride(visual, patch_stride, image_size)
+    shape = TextShape(int(text.context_length), int(text.vocab_size))  # type: ignore[arg-type]
+    return DualEncoder(visual, text, shape, config["embed_dim"], image_mean, image_std)
+
+
+def _open_clip_towers(config: dict[str, Any], image_size: tuple[int, int]) -> open_clip.CustomTextCLIP:
+    """open_clip's towers at our image size; ModifiedResNet only knows squares, so its grid is set afterwards."""
+    config = {k: v for k, v in config.items() if k not in ("custom_text", "multimodal_cfg")}
+    resnet = isinstance(config["vision_cfg"].get("layers"), list)
+    if not resnet:
+        config["vision_cfg"] = {**config["vision_cfg"], "image_size": image_size}
+    towers = open_clip.CustomTextCLIP(**config, nonscalar_logit_scale=True)
+    if resnet:
+        pool = towers.visual.attnpool
+        grid = (image_size[0] // 32, image_size[1] // 32)
+        _replace_position_embedding(pool, grid[0] * grid[1] + 1)
+    return towers
+
+
+def _set_patch_stride(visual: nn.Module, stride: int, image_size: tuple[int, int]) -> None:
+    patch = getattr(visual, "patch_size", None)
+    if not isinstance(visual, open_clip.transformer.VisionTransformer) or patch is None:
+        raise UserError("model.patch_stride: only open_clip's ViT towers have patches; remove the key")
+    if not 0 < stride <= min(patch):
+        raise UserError(f"model.patch_stride: {stride} is not in 1..{min(patch)} (the patch size)")
+    visual.conv1.stride = (stride, stride)
+    grid = tuple((size - p) // stride + 1 for size, p in zip(image_size, patch, strict=True))
+    visual.grid_size = grid
+    _replace_position_embedding(visual, grid[0] * grid[1] + 1)
+
+
+def _replace_position_embedding(module: nn.Module, positions: int) -> None:
+    old = module.positional_embedding
+    assert isinstance(old, Tensor)
+    width = old.shape[1]
+    module.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(positions, width))
+
+
+def position_grid(visual: nn.Module, image_size: tuple[int, int]) -> tuple[str, tuple[int, int]] | None:
+    """Name of a tower's learned position embedding and its grid (rows, columns); None for towers without one."""
+    if isinstance(visual, open_clip.transformer.VisionTransformer):
+        return "visual.positional_embedding", visual.grid_size
+    if getattr(visual, "attnpool", None) is not None:
+        return "visual.attnpool.positional_embedding", (image_size[0] // 32, image_size[1] // 32)
+    return None
+
+
+def resize_position_embedding(
+    embedding_ND: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], mode: Interpolation = "bilinear"
+) -> Tensor:
+    """Interpolates the grid part of a position embedding and keeps the class row (methods.md section 2).
+
+    Args:
+        embedding_ND: class row first, then the grid row by row. Shape: (1 + rows * columns, D).
+        old_grid: (rows, columns) of `embedding_ND`.
+        new_grid: (rows, columns) wanted.
+        mode: `bilinear` without antialiasing is what IRRA, CLIP-ReID and TextReID use; open_clip uses `bicubic` with.
+
+    Returns:
+        Shape: (1 + new rows * new columns, D).
+    """
+    width = embedding_ND.shape[1]
+    grid_1DHW = embedding_ND[1:].T.reshape(1, width, *old_grid)
+    resized = F.interpolate(grid_1DHW, size=new_grid, mode=mode, align_corners=False, antialias=mode == "bicubic")
+    return torch.cat([embedding_ND[:1], resized.reshape(width, -1).T])
+
+
+def _unknown_architecture(name: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+    offer = f"; nearest: {', '.join(near)}" if near else ""
+    return f"model.architecture: open_clip knows no {name!r}{offer}. A JSON file's name must end in .json"

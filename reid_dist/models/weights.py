@@ -1,0 +1,192 @@
+"""Loading an encoder's weights from a file, an export of ours or an open_clip tag, with a report of what matched."""
+
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from reid_dist.errors import UserError
+from reid_dist.models.dual_encoder import (
+    DualEncoder,
+    Interpolation,
+    position_grid,
+    read_architecture,
+    resize_position_embedding,
+)
+
+OPEN_CLIP_TAG = "open_clip:"
+EXPORT_FILE = "model.safetensors"
+# What OpenAI's and open_clip's older files keep at the top level and we keep inside `text`.
+_TEXT_PREFIXES = (
+    "text_projection",
+    "positional_embedding",
+    "token_embedding",
+    "transformer.",
+    "ln_final.",
+    "attn_mask",
+)
+# Facts about the model that OpenAI stored among its weights, and a mask that open_clip rebuilds.
+_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "text.attn_mask")
+
+
+@dataclass
+class LoadReport:
+    """Names of parameters and buffers by what became of them."""
+
+    matched: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line of counts, with the first names of what did not match."""
+        parts = [f"{len(self.matched)} matched", f"{len(self.resized)} resized"]
+        for name, items in (("missing", self.missing), ("unexpected", self.unexpected)):
+            shown = f" ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})" if items else ""
+            parts.append(f"{len(items)} {name}{shown}")
+        return ", ".join(parts)
+
+
+def load_weights(
+    encoder: DualEncoder,
+    weights: str,
+    architecture: str,
+    image_size: tuple[int, int],
+    interpolation: Interpolation = "bilinear",
+) -> LoadReport:
+    """Loads weights into an encoder by name.
+
+    Args:
+        encoder: changed in place.
+        weights: a `.safetensors` or torch state-dict file (open_clip's or OpenAI's names), a folder exported by a
+            stage of ours, or `open_clip:TAG`.
+        architecture: the encoder's, to look up the tag.
+        image_size: (height, width) of the encoder.
+        interpolation: how the image position embedding is resized where the grids differ.
+
+    Raises:
+        UserError: unreadable file, a shape that does not fit, or nothing that matches.
+    """
+    path = (
+        _tag_file(weights.removeprefix(OPEN_CLIP_TAG), architecture)
+        if weights.startswith(OPEN_CLIP_TAG)
+        else Path(weights)
+    )
+    state = canonical_names(read_state_dict(path))
+    report = LoadReport()
+    _resize_positions(encoder, state, image_size, interpolation, report)
+    own = encoder.state_dict()
+    report.missing = sorted(set(own) - set(state))
+    report.unexpected = sorted(set(state) - set(own))
+    report.matched = sorted((set(own) & set(state)) - set(report.resized))
+    if set(report.matched) <= {"logit_scale"}:  # a temperature alone is no match: every CLIP has one
+        raise UserError(f"model.weights: nothing in {path} fits {architecture}: {report.summary()}")
+    for name in (*report.matched, *report.resized):
+        if name == "logit_scale" and state[name].numel() == 1:
+            state[name] = state[name].reshape(1)
+        if state[name].shape != own[name].shape:
+            raise UserError(
+                f"model.weights: {name} in {path} has shape {tuple(state[name].shape)}, {architecture} wants"
+                f" {tuple(own[name].shape)}; choose the architecture of the file"
+            )
+    encoder.load_state_dict({name: state[name].to(own[name].dtype) for name in own if name in state}, strict=False)
+    return report
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Reads a file of tensors without executing anything in it.
+
+    Raises:
+        UserError: no such file, a TorchScript archive (the converter is named), or something else than tensors.
+    """
+    if path.is_dir():
+        path = path / EXPORT_FILE
+    if not path.is_file():
+        raise UserError(f"model.weights: {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if _is_torchscript(path):
+            raise UserError(
+                f"model.weights: {path} is a TorchScript archive, which would run code; convert it once with"
+                f" `python -m reid_dist.models.convert_jit {path} {path.with_suffix('.safetensors')}`"
+            )
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"model.weights: cannot read {path} as tensors: {_first_line(error)}") from error
+    except Exception as error:  # pickle.UnpicklingError and what weights_only raises for foreign classes
+        raise UserError(
+            f"model.weights: {path} holds more than tensors and is not loaded: {type(error).__name__}"
+        ) from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(v, Tensor) for n, v in state.items()):
+        raise UserError(f"model.weights: {path} is not a state dict (name -> tensor)")
+    return state
+
+
+def canonical_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names (`visual.`, `text.`, `logit_scale`) for open_clip's and OpenAI's, wrappers' `module.` removed."""
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if "text_projection" in state:
+        state = {"text." + n if n.startswith(_TEXT_PREFIXES) else n: v for n, v in state.items()}
+    return {name: value for name, value in state.items() if name not in _NOT_WEIGHTS}
+
+
+def _resize_positions(
+    encoder: DualEncoder, state: dict[str, Tensor], image_size: tuple[int, int], mode: Interpolation, report: LoadReport
+) -> None:
+    """Resizes the image position embedding in `state` where its grid differs from the encoder's."""
+    place = position_grid(encoder.visual, image_size)
+    if place is None or place[0] not in state:
+        return
+    name, grid = place
+    positions = state[name].shape[0] - 1
+    if positions == grid[0] * grid[1]:
+        return
+    side = round(positions**0.5)
+    if side * side != positions:
+        raise UserError(
+            f"model.weights: {name} has {positions} grid positions, neither the {grid[0]}x{grid[1]} of"
+            " model.image_size nor a square; set model.image_size and patch_stride to those of the file"
+        )
+    state[name] = resize_position_embedding(state[name].float(), (side, side), grid, mode)
+    report.resized.append(name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.split("/")[-1] == "constants.pkl" for name in archive.namelist())
+
+
+def _tag_file(tag: str, architecture: str) -> Path:
+    """Downloads (or finds in the cache) the file of an open_clip tag."""
+    known = list_pretrained_tags_by_model(architecture)
+    if tag not in known:
+        raise UserError(
+            f"model.weights: open_clip has no tag {tag!r} for {architecture}; it has: {', '.join(known) or 'none'}"
+        )
+    settings = get_pretrained_cfg(architecture, tag)
+    if bool(settings.get("quick_gelu")) != bool(read_architecture(architecture).get("quick_gelu")):
+        raise UserError(
+            f"model.architecture: the weights {tag!r} were trained with quick_gelu={bool(settings.get('quick_gelu'))},"
+            f" unlike {architecture}; choose the architecture with (or without) `-quickgelu` in its name"
+        )
+    try:
+        return Path(download_pretrained(settings))
+    except Exception as error:  # the hub's clients raise many kinds
+        raise UserError(
+            f"model.weights: cannot fetch open_clip:{tag}: {_first_line(error)}; give a local file instead"
+        ) from error
