@@ -1,0 +1,222 @@
+"""The only file that imports deepspeed: one stage behind call, backward, step and the gathered full tensors."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reid_dist.config import EngineConfig, OptimizerConfig
+from reid_dist.distributed import local_device
+from reid_dist.errors import UserError
+from reid_dist.models.dual_encoder import MAX_LOGIT_SCALE
+from reid_dist.optim import build_optimizer, parameter_groups, set_learning_rate
+from reid_dist.stages import Batch, Stage, StageOutput
+
+
+def prepare_environment() -> torch.device:
+    """Sets what DeepSpeed reads from the environment, before it is imported; returns this process's device."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed compiles its CPU collectives at the first start: into this environment, with this environment's ninja.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = scripts + os.pathsep + os.environ.get("PATH", "")
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    return device
+
+
+def remove_shared_memory() -> None:
+    """Removes the 66 MB file that DeepSpeed's CPU collectives leave in /dev/shm for this rank."""
+    own = f"deepspeed_allreduce_buffer_*_{os.environ.get('MASTER_PORT')}_{os.environ.get('LOCAL_RANK')}"
+    for file in Path("/dev/shm").glob(own):  # noqa: S108 (where DeepSpeed puts them)
+        file.unlink(missing_ok=True)
+
+
+def deepspeed_config(config: EngineConfig, micro_batch_size: int) -> dict[str, Any]:
+    """The DeepSpeed dictionary of our settings; the user's raw keys win.
+
+    Args:
+        config: engine settings.
+        micro_batch_size: samples per rank and accumulation step.
+    """
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": {"stage": config.zero_stage},
+        # torch's AdamW and SGD are elementwise, so sharding their state changes nothing.
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if config.precision == "bf16":
+        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if config.precision == "pure_bf16":
+        derived["bf16"] = {"enabled": True}
+    return derived | config.deepspeed
+
+
+class Engine:
+    """One training stage under DeepSpeed ZeRO; a new one for each stage.
+
+    Args:
+        stage: moved to this process's device, broadcast from rank 0 and, under ZeRO 3, partitioned.
+        config: engine settings.
+        optimizer: optimizer settings.
+        micro_batch_size: samples per rank and accumulation step.
+    """
+
+    def __init__(self, stage: Stage, config: EngineConfig, optimizer: OptimizerConfig, micro_batch_size: int) -> None:
+        import deepspeed
+
+        self.stage = stage
+        self.config = config
+        self._gradient_norm = 0.0
+        groups = parameter_groups(stage.trainable(), optimizer)
+        if not groups:
+            raise UserError("freeze: nothing in this stage trains; unfreeze a tower")
+        with _quiet_deepspeed():
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=stage,
+                optimizer=build_optimizer(groups, optimizer),
+                config=deepspeed_config(config, micro_batch_size),
+                dist_init_required=False,
+            )
+
+        self._hold_logit_scale()
+
+    def __call__(self, batch: Batch) -> StageOutput:
+        """Forward of a micro-batch."""
+        output: StageOutput = self._engine(batch)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of a micro-batch; gradients are averaged over ranks and accumulation steps."""
+        self._engine.backward(loss)
+
+    def step(self) -> bool:
+        """Counts a micro-batch; True when it completed an optimizer step that was applied."""
+        boundary = bool(self._engine.is_gradient_accumulation_boundary())
+        if boundary and self.config.zero_stage == 0 and self.config.precision != "pure_bf16":
+            # DeepSpeed only knows the norm at ZeRO 0 when it clips.
+            gradients = [p.grad for p in self.stage.parameters() if p.grad is not None]
+            self._gradient_norm = float(nn.utils.get_total_norm(gradients))
+        self._engine.step()
+        updated = boundary and bool(self._engine.was_step_applied())
+        if updated:
+            self._hold_logit_scale()
+        return updated
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Sets every group to `factor` times its base learning rate."""
+        set_learning_rate(self._optimizer, factor)
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the first group."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def gradient_norm(self) -> float:
+        """Global L2 norm of the gradients of the last step, before clipping (0 before the first)."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm else self._gradient_norm
+
+    @torch.no_grad()
+    def _hold_logit_scale(self) -> None:
+        """Clamps the temperature where its fp32 truth lives; a clamp of the module's copy would be overwritten."""
+        parameter = self.stage.encoder.logit_scale
+        if not parameter.requires_grad:
+            return
+        for tensor in (parameter.data, *_masters(parameter)):
+            tensor.clamp_(max=MAX_LOGIT_SCALE)
+        if self.config.precision == "pure_bf16":
+            self.stage.encoder.exact_logit_scale = self._full_parameter(parameter)
+
+    def full_parameters(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """fp32 copies of parameters and buffers on the CPU, whole on every rank whatever the ZeRO stage.
+
+        Collective: all ranks enter.
+
+        Args:
+            names: those wanted; all when None.
+        """
+        full: dict[str, Tensor] = {}
+        for name, parameter in self.stage.named_parameters():
+            if names is None or name in names:
+                full[name] = self._full_parameter(parameter).detach().float().cpu().clone()
+        for name, buffer in self.stage.named_buffers():
+            if name in self.stage.state_dict() and (names is None or name in names):
+                full[name] = buffer.detach().cpu().clone()
+        return full
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """fp32 averaged gradients on the CPU, whole on every rank; between the last backward and `step`. Collective."""
+        from deepspeed.utils import safe_get_full_grad
+
+        gradients: dict[str, Tensor] = {}
+        for name, parameter in self.stage.named_parameters():
+            if parameter.requires_grad:
+                gradient = safe_get_full_grad(parameter)
+                gradients[name] = torch.zeros_like(parameter) if gradient is None else gradient.float().cpu().clone()
+        return gradients
+
+    def _full_parameter(self, parameter: nn.Parameter) -> Tensor:
+        from deepspeed import zero
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self.config.precision == "pure_bf16" and parameter.requires_grad:
+            master: Tensor | None = safe_get_full_fp32_param(parameter)
+            if master is not None:
+                return master
+        if self.config.zero_stage == 3:
+            with zero.GatheredParameters([parameter]):
+                return parameter.detach().clone()
+        return parameter
+
+    def close(self) -> None:
+        """Lets go of the engine's hooks and buffers, so that the next stage can build its own."""
+        self._engine.destroy()
+
+
+def _masters(parameter: nn.Parameter) -> list[Tensor]:
+    """This rank's pieces of a parameter that DeepSpeed keeps beside the module's own tensor, as views."""
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    if hasattr(parameter, "ds_tensor"):
+        return [parameter.ds_tensor.data, safe_get_local_fp32_param(parameter)]
+    mapping = getattr(parameter, "_hp_mapping", None)
+    return [] if mapping is None else [mapping.get_hp_fragment().data]
+
+
+def remove_stale_build_lock(folder: Path | None = None) -> None:
+    """Removes the lock that a rank killed while building DeepSpeed's CPU collectives left behind.
+
+    Later ranks would wait on it for ever without a message. Only called before this run's ranks build anything.
+    """
+    root = folder or Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    for lock in root.glob("**/deepspeed_shm_comm/lock"):
+        lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _quiet_deepspeed() -> Iterator[None]:
+    """DeepSpeed logs a page at each start; ours says what matters."""
+    import logging
+
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
