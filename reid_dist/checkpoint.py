@@ -1,0 +1,134 @@
+"""The portable export that one stage hands to the next: safetensors + JSON, whole or not there at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reid_dist.config import ModelConfig, RunConfig, StageConfig
+from reid_dist.errors import UserError
+from reid_dist.models.weights import EXPORT_FILE
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+_PREFIX = "encoder."
+
+
+def fingerprint(config: RunConfig, stage: StageConfig, previous: str) -> str:
+    """Hash of everything that decides a stage's weights, and of the stage before it."""
+    parts = {
+        "model": config.model.model_dump(mode="json"),
+        "seed": config.seed,
+        "steps": config.stage_steps(stage),
+        "stage": stage.model_dump(mode="json", exclude={"steps", "evaluation"}),
+        "previous": previous,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save_export(
+    folder: Path, full_state: dict[str, Tensor], model: ModelConfig, words: list[str] | None, record: dict[str, Any]
+) -> None:
+    """Writes the encoder of a finished stage; the heads of the stage stay behind.
+
+    The folder appears under its name only when complete: written beside it, flushed to the disk, then renamed.
+
+    Args:
+        folder: replaced when it exists.
+        full_state: the stage's fp32 parameters and buffers by name; those of `encoder` are kept.
+        model: how to build the encoder again.
+        words: the word list of its tokenizer; None for the architecture's own.
+        record: what else the manifest should say (stage, steps, fingerprint, trainable parameters ...).
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state = {name.removeprefix(_PREFIX): t.contiguous() for name, t in full_state.items() if name.startswith(_PREFIX)}
+    save_file(state, partial / EXPORT_FILE)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "sha256": _sha256(partial / EXPORT_FILE),
+        "model": model.model_dump(mode="json", exclude={"weights", "vocabulary"}),
+        "words": words,
+        "versions": {name: _version(name) for name in ("torch", "deepspeed", "open_clip_torch")},
+        **record,
+    }
+    (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+    for file in partial.iterdir():
+        _flush(file)
+    _flush(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    _flush(folder.parent)
+
+
+def read_export(folder: Path, verify: bool = False) -> dict[str, Any] | None:
+    """The manifest of an export; None when there is no whole export in the folder.
+
+    Args:
+        folder: of one stage's export.
+        verify: also compare the weights' hash.
+
+    Raises:
+        UserError: the manifest or the weights are damaged.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); remove {folder} to train the stage again") from error
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path}: format_version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}")
+    if verify and _sha256(folder / EXPORT_FILE) != manifest["sha256"]:
+        raise UserError(f"{folder / EXPORT_FILE}: does not match its hash; remove {folder} to train the stage again")
+    return manifest
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name, flushes it to the disk and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    _flush(partial)
+    partial.rename(path)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); remove its folder to train the stage again"
+        ) from error
+
+
+def _digest(file: Any) -> str:
+    # Python 3.10 has no hashlib.file_digest.
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,120 @@
+"""What a run says of itself: TensorBoard, a progress bar on a terminal, plain lines elsewhere."""
+
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from reid_dist.distributed import mean_over_ranks, rank
+from reid_dist.errors import UserError
+
+
+def say(text: str) -> None:
+    """Prints a line on rank 0, above the progress bar if there is one."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class StageLog:
+    """Means over ranks and steps of one stage, written every `log_every` steps.
+
+    Args:
+        name: of the stage, the first part of every TensorBoard tag.
+        folder: where TensorBoard's events go (rank 0).
+        total_steps: optimizer steps of the stage.
+        global_batch_size: samples of a step.
+        log_every: steps between points.
+    """
+
+    def __init__(self, name: str, folder: Path, total_steps: int, global_batch_size: int, log_every: int) -> None:
+        self.name = name
+        self.total_steps = total_steps
+        self.global_batch_size = global_batch_size
+        self.log_every = log_every
+        terminal = sys.stderr.isatty()
+        self._writer = SummaryWriter(str(folder)) if rank() == 0 else None
+        self._bar = tqdm(total=total_steps, desc=name, unit="step", disable=rank() != 0 or not terminal)
+        self._plain = not terminal
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._since = time.perf_counter()
+        self._waited = 0.0
+        self.history: list[dict[str, float]] = []
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Adds the values of one micro-batch, without waiting for the device."""
+        for key, value in metrics.items():
+            value = value.detach().double().mean()
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+        self._count += 1
+
+    def step_done(self, step: int, learning_rate: float, gradient_norm: float, wait_seconds: float) -> None:
+        """Counts an optimizer step (0-based); all ranks enter, because means over ranks are a collective.
+
+        Raises:
+            UserError: a loss is no longer finite.
+        """
+        self._bar.update()
+        done = step + 1
+        if done % self.log_every and done != self.total_steps:
+            return
+        keys = sorted(self._sums)
+        means = mean_over_ranks(torch.stack([self._sums[key] for key in keys]) / self._count).tolist()
+        values = dict(zip(keys, means, strict=True))
+        elapsed = time.perf_counter() - self._since
+        steps = (step % self.log_every) + 1
+        values |= {
+            "learning_rate": learning_rate,
+            "gradient_norm": gradient_norm,
+            "samples_per_s": steps * self.global_batch_size / elapsed,
+            "data_wait_percent": 100 * (wait_seconds - self._waited) / elapsed,
+            "memory_gib": _memory_gib(),
+        }
+        self._sums, self._count = {}, 0
+        self._since, self._waited = time.perf_counter(), wait_seconds
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"stage {self.name}, step {done}: the loss is {values['loss']}; lower stages.{self.name}.optimizer.lr"
+                " or set engine.max_grad_norm"
+            )
+        self._write(done, values)
+
+    def _write(self, done: int, values: dict[str, float]) -> None:
+        self.history.append({"step": done, **values})
+        if self._writer is not None:
+            for key, value in values.items():
+                self._writer.add_scalar(f"{self.name}/{key}", value, done)
+        self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        if self._plain:
+            say(
+                f"{self.name} {done}/{self.total_steps}: loss {values['loss']:.4f}, lr {values['learning_rate']:.2e},"
+                f" {values['samples_per_s']:.0f} samples/s, waited for data {values['data_wait_percent']:.1f} %"
+            )
+
+    def close(self) -> None:
+        """Ends the bar and flushes the events."""
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def write_scalars(folder: Path, step: int, values: dict[str, float]) -> None:
+    """Adds a few scalars (an evaluation) to TensorBoard on rank 0."""
+    if rank() == 0:
+        with SummaryWriter(str(folder)) as writer:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+
+def _memory_gib() -> float:
+    """Peak memory of this rank: the GPU's where there is one, else the process's."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated() / 2**30)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,141 @@
+"""What a recipe would do, without its data: steps, samples, parameters and memory per GPU (`--dry-run`)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from reid_dist.config import EngineConfig, RunConfig, StageConfig
+from reid_dist.data.sample import MANIFEST_NAME, Manifest
+from reid_dist.data.sampler import local_batch_size
+from reid_dist.distributed import environment_world_size
+from reid_dist.models.dual_encoder import build_dual_encoder
+from reid_dist.stages import Stage, build_stage
+
+GIB = 2**30
+UNKNOWN_IDENTITIES = 1000
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage in numbers.
+
+    `state_bytes` are weights, gradients, masters and optimizer state of one GPU; `activation_bytes` what a forward of
+    its micro-batch keeps for the backward.
+    """
+
+    name: str
+    steps: int
+    global_batch_size: int
+    micro_batch_size: int
+    trainable: int
+    frozen: int
+    state_bytes: float
+    activation_bytes: float
+
+
+def describe(config: RunConfig) -> str:
+    """The plan as a table, for the number of ranks that this process was launched with.
+
+    Raises:
+        UserError: a batch that the ranks cannot share, or an architecture that does not exist.
+    """
+    world_size = environment_world_size()
+    rows = [plan_stage(config, stage, world_size) for stage in config.stages]
+    lines = [
+        f"plan for {world_size} rank{'s' if world_size > 1 else ''}"
+        " (started under a launcher, or with WORLD_SIZE=N set, it is made for N)",
+        f"{'stage':<12} {'steps':>9} {'samples':>13} {'batch':>7} {'per rank':>9} {'trainable':>12} {'frozen':>12}"
+        f" {'state GiB':>10} {'activations GiB':>16} {'per GPU GiB':>12}",
+    ]
+    for row in rows:
+        total = row.state_bytes + row.activation_bytes
+        lines.append(
+            f"{row.name:<12} {row.steps:>9,} {row.steps * row.global_batch_size:>13,} {row.global_batch_size:>7}"
+            f" {row.micro_batch_size:>9} {row.trainable:>12,} {row.frozen:>12,} {row.state_bytes / GIB:>10.2f}"
+            f" {row.activation_bytes / GIB:>16.2f} {total / GIB:>12.2f}"
+        )
+    lines.append("not counted: CUDA's own memory (about 0.5-1 GiB), workspaces, fragmentation and evaluation")
+    return "\n".join(lines)
+
+
+def plan_stage(config: RunConfig, stage: StageConfig, world_size: int) -> StagePlan:
+    """Numbers of one stage; its model is built and run without memory for any tensor."""
+    images = stage.data.images_per_identity if stage.data.sampler == "identity" else 1
+    accumulation = stage.engine.gradient_accumulation_steps
+    rows = local_batch_size(stage.data.global_batch_size, world_size, accumulation, images)
+    model = config.model
+    with FakeTensorMode():
+        encoder = build_dual_encoder(model.architecture, model.image_size, model.patch_stride)
+        encoder.set_grad_checkpointing(model.gradient_checkpointing)
+        module = build_stage(stage, encoder, stage.data.identities or _count_identities(stage)).train()
+        trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in module.parameters()) - trainable
+        activations = _activation_bytes(module, rows, model.image_size, stage.engine.precision != "fp32")
+    return StagePlan(
+        stage.name,
+        config.stage_steps(stage),
+        stage.data.global_batch_size,
+        rows,
+        trainable,
+        frozen,
+        state_bytes(trainable, frozen, stage.engine, world_size, stage.optimizer.name == "adamw"),
+        activations,
+    )
+
+
+def state_bytes(trainable: int, frozen: int, engine: EngineConfig, world_size: int, adam: bool) -> float:
+    """Bytes of weights, gradients, fp32 masters and optimizer state on one GPU (Rajbhandari et al. 2020, sec. 3).
+
+    ZeRO 1 shards optimizer state and masters, 2 also gradients, 3 also weights. Below pure_bf16 weights are fp32; ZeRO
+    keeps its own fp32 copy of them all the same.
+    """
+    zero = engine.zero_stage
+    weight = 2 if engine.precision == "pure_bf16" else 4
+    master = 4 if zero > 0 or engine.precision == "pure_bf16" else 0
+    optimizer = (8 if adam else 4) + master
+    sharded = [zero >= 3, zero >= 2, zero >= 1]
+    per_trainable = [
+        size / (world_size if shard else 1) for size, shard in zip((weight, weight, optimizer), sharded, strict=True)
+    ]
+    return trainable * sum(per_trainable) + frozen * weight / (world_size if zero >= 3 else 1)
+
+
+def _activation_bytes(stage: Stage, rows: int, image_size: tuple[int, int], bf16: bool) -> float:
+    """Bytes that autograd saves in one forward: distinct storages that are not parameters."""
+    seen: dict[int, int] = {}
+    parameters = {p.untyped_storage()._cdata for p in stage.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            seen[storage._cdata] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    held: list[Tensor] = []  # storages must stay alive, or their addresses would be used again
+    length = stage.encoder.text_shape.context_length
+    batch = {
+        "image_BCHW": torch.zeros(rows, 3, *image_size, dtype=torch.uint8),
+        "token_BL": torch.zeros(rows, length, dtype=torch.int64),
+        "pid_B": torch.zeros(rows, dtype=torch.int64),
+    }
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        stage(batch)
+    return float(sum(seen.values()))
+
+
+def _count_identities(stage: StageConfig) -> int:
+    """Training identities from the manifests, where the shards are there already."""
+    found: set[str] = set()
+    for name in stage.data.train:
+        path = stage.data.root / name / MANIFEST_NAME
+        if not path.is_file():
+            return UNKNOWN_IDENTITIES
+        manifest = Manifest.model_validate_json(path.read_bytes())
+        found |= {f"{name}/{i}" for i in range(manifest.splits["train"].identities)}
+    return len(found) or UNKNOWN_IDENTITIES

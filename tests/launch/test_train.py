@@ -1,0 +1,122 @@
+"""`launch/train.py` as a person runs it: wrong input gives one clear line and exit code 2, also under deepspeed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reid_dist.data.reader import ShardSet
+from reid_dist.distributed import free_port
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "configs/quickstart.yaml"
+
+
+def command(config: str, *arguments: str) -> list[str]:
+    return [sys.executable, "launch/train.py", config, *arguments]
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return subprocess.run(arguments, cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=200)
+
+
+def said(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+
+
+def data_overrides(tiny_world: Path, output_dir: Path) -> list[str]:
+    return [
+        f"output_dir={output_dir}",
+        f"data.root={tiny_world}",
+        f"model.vocabulary={tiny_world / 'vocabulary.txt'}",
+        "data.global_batch_size=16",
+        "max_steps=2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([RECIPE, "data.root=/nowhere"], ["/nowhere/cuhk_pedes", "no such shard folder", "shards.write"]),
+        ([RECIPE, "optimizer.lrr=1e-3"], ["unknown key optimizer.lrr", "did you mean lr?"]),
+        ([RECIPE, "stages.t2i.kind=t2l"], ["unknown stage 't2l'", "did you mean t2i?"]),
+        ([RECIPE, "stages.t3i.steps=5"], ["no stage 't3i'", "did you mean t2i?"]),
+        (["configs/quickstrat.yaml"], ["configs/quickstrat.yaml", "cannot read"]),
+        ([RECIPE, "optimizer.lr=-1"], ["optimizer.lr", "greater than 0"]),
+    ],
+)
+def test_wrong_input_gives_one_clear_line_and_exit_code_2(arguments: list[str], words: list[str]) -> None:
+    result = run(command(*arguments))
+    assert result.returncode == 2, result.stderr
+    assert len(said(result)) == 1
+    assert all(word in said(result)[0] for word in words), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_typo_in_the_file_is_told_with_the_nearest_name(tmp_path: Path) -> None:
+    recipe = tmp_path / "typo.yaml"
+    recipe.write_text((ROOT / RECIPE).read_text().replace("sampler: identity", "samplr: identity", 1))
+    result = run(command(str(recipe)))
+    assert result.returncode == 2
+    assert "unknown key stages.i2i.data.samplr; did you mean sampler?" in result.stderr
+
+
+def test_world_size_that_does_not_divide_the_batch(tiny_world: Path, tmp_path: Path) -> None:
+    arguments = command(RECIPE, *data_overrides(tiny_world, tmp_path))
+    result = run(arguments, WORLD_SIZE="3", RANK="0", LOCAL_RANK="0")
+    assert result.returncode == 2
+    assert "data.global_batch_size: 16 cannot be shared by world size 3" in said(result)[0]
+    assert "nearest that work" in said(result)[0]
+
+
+def deepspeed(tiny_world: Path, output_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    launcher = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators", "2", "--master_port", str(free_port()),
+        "launch/train.py", RECIPE, *data_overrides(tiny_world, output_dir), *overrides,
+    ]  # fmt: skip
+    return run(launcher)
+
+
+def test_two_ranks_of_a_wrong_recipe_speak_once(tiny_world: Path, tmp_path: Path) -> None:
+    result = deepspeed(tiny_world, tmp_path, "data.root=/nowhere")
+    assert result.returncode == 2
+    assert len(said(result)) == 1
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_an_image_that_does_not_decode_stops_both_ranks(tiny_world: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "shards"
+    shutil.copytree(tiny_world, broken, ignore=shutil.ignore_patterns("raw"))
+    shards = ShardSet(broken / "generic")
+    for entry in shards.index:
+        with (broken / "generic" / shards.manifest.shards[entry["shard"]].name).open("r+b") as file:
+            file.seek(int(entry["image_offset"]))
+            file.write(b"\0" * 64)
+    result = deepspeed(broken, tmp_path / "run")
+    assert result.returncode == 2, result.stderr
+    line = said(result)[0]
+    assert "generic" in line
+    assert "shard" in line
+    assert "sample" in line
+    assert not (tmp_path / "run" / "pretrain" / "export").exists()
+
+
+def test_a_recipe_trains_under_the_launcher(tiny_world: Path, tmp_path: Path) -> None:
+    result = deepspeed(tiny_world, tmp_path / "run", "max_steps=1")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "t2i" / "metrics.json").is_file()
+
+
+def test_dry_run_of_the_real_recipe_needs_no_data() -> None:
+    result = run([*command("configs/unified_vit_b16.yaml", "--dry-run")], WORLD_SIZE="8")
+    assert result.returncode == 0, result.stderr
+    assert "plan for 8 ranks" in result.stdout
+    assert (
+        "149,617,665" in result.stdout
+    )  # CLIP ViT-B/16: 149,620,737 at 224x224, less 4 rows of the position embedding
+    assert "architecture: ViT-B-16-quickgelu" in result.stdout

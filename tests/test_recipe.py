@@ -1,0 +1,157 @@
+"""A recipe's life: stages in order, hand-over, resuming between stages, the same numbers on one and two ranks."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reid_dist.config import RunConfig, load_config
+from reid_dist.errors import UserError
+from reid_dist.recipe import open_inputs, run
+
+ROOT = Path(__file__).parents[1]
+STEPS = 3
+
+
+def make_config(tiny_world: Path, output_dir: Path, *overrides: str) -> RunConfig:
+    return load_config(
+        ROOT / "configs" / "quickstart.yaml",
+        [
+            f"output_dir={output_dir}",
+            f"data.root={tiny_world}",
+            f"model.vocabulary={tiny_world / 'vocabulary.txt'}",
+            f"model.architecture={ROOT / 'configs' / 'models' / 'row_conv_tiny.json'}",
+            f"max_steps={STEPS}",
+            "data.global_batch_size=16",
+            "log_every=1",
+            *overrides,
+        ],
+    )
+
+
+def scores(output_dir: Path, stage: str) -> dict:
+    return json.loads((output_dir / stage / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks) -> Path:
+    """A run of all stages on two ranks."""
+    output_dir = tmp_path_factory.mktemp("run")
+    run_ranks(2, run, make_config(tiny_world, output_dir))
+    return output_dir
+
+
+def test_every_stage_leaves_export_scores_and_curves(finished: Path) -> None:
+    for stage in ("pretrain", "i2i", "t2i"):
+        manifest = json.loads((finished / stage / "export" / "manifest.json").read_text())
+        assert manifest["stage"] == stage
+        assert manifest["steps"] == STEPS
+        assert set(scores(finished, stage)["t2i"]["cuhk_pedes"]) >= {"R1", "R5", "R10", "mAP", "mINP"}
+        assert set(scores(finished, stage)["i2i"]["market1501"]) >= {"R1", "R5", "R10", "mAP", "mINP"}
+        assert len(json.loads((finished / stage / "training.json").read_text())) == STEPS
+    assert list((finished / "tensorboard").glob("events.*"))
+    assert scores(finished, "start")["t2i"]["cuhk_pedes"]["R1"] >= 0
+
+
+def test_the_manifest_records_what_trained(finished: Path) -> None:
+    manifest = json.loads((finished / "i2i" / "export" / "manifest.json").read_text())
+    assert "encoder.visual.stem.weight" in manifest["trainable"]
+    assert "encoder.text.token_embedding.weight" in manifest["frozen"]
+
+
+def test_text_tower_passes_through_the_i2i_stage_untouched(finished: Path) -> None:
+    before = load_file(finished / "pretrain" / "export" / "model.safetensors")
+    after = load_file(finished / "i2i" / "export" / "model.safetensors")
+    assert torch.equal(before["text.token_embedding.weight"], after["text.token_embedding.weight"])
+    assert not torch.equal(before["visual.stem.weight"], after["visual.stem.weight"])
+    assert not any("head" in name for name in after)
+
+
+def test_the_resolved_config_can_be_passed_back(finished: Path, tiny_world: Path) -> None:
+    assert load_config(finished / "config.yaml") == make_config(tiny_world, finished)
+
+
+def test_a_finished_run_trains_nothing_again(finished: Path, tiny_world: Path, run_ranks) -> None:
+    before = {file: file.stat().st_mtime_ns for file in finished.glob("*/export/model.safetensors")}
+    run_ranks(1, run, make_config(tiny_world, finished))
+    assert {file: file.stat().st_mtime_ns for file in finished.glob("*/export/model.safetensors")} == before
+
+
+def test_an_interrupted_run_continues_with_the_stage_it_was_in(finished, tiny_world, run_ranks, tmp_path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    expected = load_file(finished / "t2i" / "export" / "model.safetensors")
+    # Killed while the last stage trained: neither its export nor its scores are there, but a half-written export is.
+    (copy / "t2i" / "metrics.json").unlink()
+    (copy / "t2i" / "export").rename(copy / "t2i" / "export.partial")
+    kept = (copy / "i2i" / "export" / "model.safetensors").stat().st_mtime_ns
+    run_ranks(2, run, make_config(tiny_world, copy))
+    found = load_file(copy / "t2i" / "export" / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert scores(copy, "t2i")["t2i"] == scores(finished, "t2i")["t2i"]
+    assert (copy / "i2i" / "export" / "model.safetensors").stat().st_mtime_ns == kept
+    assert not (copy / "t2i" / "export.partial").exists()
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished: Path, tiny_world: Path, run_ranks) -> None:
+    with pytest.raises(AssertionError, match="made by other settings"):
+        run_ranks(1, run, make_config(tiny_world, finished, "optimizer.lr=5e-4"))
+
+
+def test_damaged_export_is_refused(finished: Path, tiny_world: Path, run_ranks, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    file = copy / "i2i" / "export" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(AssertionError, match="does not match its hash"):
+        run_ranks(1, run, make_config(tiny_world, copy))
+
+
+@pytest.mark.parametrize("ranks, accumulation", [(1, 1), (2, 2)])
+def test_rank_count_changes_no_loss(finished, tiny_world, run_ranks, tmp_path, ranks: int, accumulation: int) -> None:
+    """One rank has the losses of two; with accumulation micro-batches have fewer negatives, so other losses."""
+    config = make_config(tiny_world, tmp_path / "run", f"engine.gradient_accumulation_steps={accumulation}")
+    run_ranks(ranks, run, config)
+    for stage in ("pretrain", "i2i", "t2i"):
+        ours = [point["loss"] for point in json.loads((tmp_path / "run" / stage / "training.json").read_text())]
+        theirs = [point["loss"] for point in json.loads((finished / stage / "training.json").read_text())]
+        if accumulation == 1:
+            assert ours == pytest.approx(theirs, rel=1e-4), stage
+        else:  # fewer negatives in each micro-batch: other losses, but a run of its own right
+            assert all(loss == pytest.approx(other, rel=0.6) for loss, other in zip(ours, theirs, strict=True))
+
+
+def test_a_stage_of_no_steps_hands_the_weights_on(tiny_world: Path, run_ranks, tmp_path: Path) -> None:
+    config = make_config(
+        tiny_world, tmp_path / "run", "stages.pretrain.steps=0", "stages.i2i.steps=0", "stages.t2i.steps=0"
+    )
+    run_ranks(1, run, config)
+    first = load_file(tmp_path / "run" / "pretrain" / "export" / "model.safetensors")
+    last = load_file(tmp_path / "run" / "t2i" / "export" / "model.safetensors")
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    assert scores(tmp_path / "run", "start")["i2i"] == scores(tmp_path / "run", "t2i")["i2i"]
+
+
+def test_frozen_vision_leaves_i2i_results_bit_identical(tiny_world: Path, run_ranks, tmp_path: Path) -> None:
+    run_ranks(2, run, make_config(tiny_world, tmp_path / "run", "stages.t2i.freeze=[visual]"))
+    assert scores(tmp_path / "run", "t2i")["i2i"] == scores(tmp_path / "run", "i2i")["i2i"]
+    assert scores(tmp_path / "run", "t2i")["t2i"] != scores(tmp_path / "run", "i2i")["t2i"]
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("data.root=/nowhere", "no such shard folder"),
+        ("data.global_batch_size=18", "data.global_batch_size: 18 cannot be shared"),
+        ("model.vocabulary=/nowhere.txt", "vocabulary"),
+        ("model.architecture=ViT-B-17", "nearest: ViT-B-1"),
+    ],
+)
+def test_wrong_input_is_found_before_any_process_group(tiny_world, tmp_path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_inputs(make_config(tiny_world, tmp_path, override), world_size=4)
