@@ -1,0 +1,1 @@
+"""What launch/benchmark.py and launch/quickstart.sh run to measure."""

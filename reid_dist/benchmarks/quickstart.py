@@ -1,0 +1,135 @@
+"""The quickstart's result table: `python -m reid_dist.benchmarks.quickstart RUN --oracle JSON [--seconds name=N ...]`.
+
+Puts the recipe's scores beside chance, the untrained network, two closed-form learners fitted on the training
+identities and the world's own oracle; writes results.json and a contact sheet of ranked results into RUN.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from reid_dist.config import RunConfig, load_config
+from reid_dist.data.reader import ShardSet
+from reid_dist.errors import UserError
+from reid_dist.evaluation.baselines import closed_form_baselines
+from reid_dist.evaluation.benchmark import extract_benchmark, i2i_task, load_baseline_data, t2i_task
+from reid_dist.evaluation.report import contact_sheet, ranked_rows, result_table, write_results
+from reid_dist.models.weights import load_weights
+from reid_dist.recipe import START, build_encoder, open_inputs, read_scores
+
+RESULTS_FILE = "results.json"
+SHEET_FILE = "contact_sheet.png"
+WITHOUT_PRETRAIN = "without-pretrain"
+BASELINES = ("chance", "untrained", "histogram", "ridge", "oracle")
+
+Pair = dict[str, Any]
+
+
+def report(run: Path, oracle: Path, seconds: dict[str, int]) -> str:
+    """Writes results.json and the contact sheet; returns the table.
+
+    Args:
+        run: output folder of a finished recipe.
+        oracle: written by `python -m shards.world oracle`.
+        seconds: of the steps before this one, by name.
+
+    Raises:
+        UserError: the run is not finished, or a file is missing.
+    """
+    began = time.perf_counter()
+    config = load_config(run / "config.yaml")
+    baselines = _baselines(config, run, oracle)
+    stages = [{"name": stage.name, **_pair(read_scores(run, stage.name))} for stage in config.stages]
+    rows = [(f"{name} (no training)", baselines[name]) for name in baselines] + [(str(s["name"]), s) for s in stages]
+    results: dict[str, Any] = {"commit": _commit(), "baselines": baselines, "stages": stages}
+    comparator = run / WITHOUT_PRETRAIN
+    if (comparator / config.stages[-1].name / "metrics.json").is_file():
+        results["without_pretrain"] = [
+            {"name": stage.name, **_pair(read_scores(comparator, stage.name))} for stage in config.stages[1:]
+        ]
+        rows += [(f"{stage['name']} without pretrain", stage) for stage in results["without_pretrain"]]
+    _contact_sheet(config, run)
+    taken = dict(seconds)
+    taken["report"] = round(time.perf_counter() - began)
+    taken["total"] = sum(taken.values())
+    results["seconds"] = taken
+    results["seed"] = config.seed
+    write_results(run / RESULTS_FILE, results)
+    return result_table(rows)
+
+
+def _baselines(config: RunConfig, run: Path, oracle: Path) -> dict[str, Pair]:
+    stage = config.stages[-1]
+    sets = [ShardSet(stage.data.root / name) for name in (*stage.evaluation.i2i, *stage.evaluation.t2i)]
+    if len(sets) != 2:
+        raise UserError(f"{run}: the quickstart scores one i2i and one t2i set, not {len(sets)}")
+    closed = closed_form_baselines(
+        load_baseline_data(sets[0], sets[1], config.model.image_size, stage.evaluation.split)
+    )
+    try:
+        ceiling = json.loads(oracle.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{oracle}: cannot be read; write it with `python -m shards.world oracle`") from error
+    rows = {
+        **closed,
+        "untrained": _pair(read_scores(run, START)),
+        "oracle": {task: ceiling[task] for task in ("t2i", "i2i")},
+    }
+    first = {name: rows[name] for name in BASELINES}
+    return first | {name: pair for name, pair in rows.items() if name not in first}
+
+
+def _pair(scores: dict[str, Any]) -> Pair:
+    """The scores of the only set of each task."""
+    return {task: next(iter(scores[task].values()), None) for task in ("t2i", "i2i")}
+
+
+def _contact_sheet(config: RunConfig, run: Path) -> None:
+    """Ranked results of the last stage's model: sentences first, then images."""
+    stage, size = config.stages[-1], config.model.image_size
+    inputs = open_inputs(config, 1)
+    encoder = build_encoder(config.model, config.seed)
+    load_weights(encoder, str(run / stage.name / "export"), config.model.architecture, size)
+    rows = []
+    for task, names in ((t2i_task, stage.evaluation.t2i), (i2i_task, stage.evaluation.i2i)):
+        for name in names:
+            shards = inputs.shards[stage.data.root / name]
+            tokenizer = inputs.tokenizer if task is t2i_task else None
+            features = extract_benchmark(encoder, shards, tokenizer, size, split=stage.evaluation.split)
+            rows += ranked_rows(shards, features, task(features))
+    contact_sheet(run / SHEET_FILE, f"{run.name}: after stage {stage.name}, identities never seen in training", rows)
+
+
+def _commit() -> str | None:
+    """The commit of the working tree, with a + where files differ from it; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    described = subprocess.run(command, capture_output=True, text=True)
+    return described.stdout.strip() or None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--oracle", type=Path, required=True)
+    parser.add_argument("--seconds", nargs="*", default=[], metavar="name=N", help="time of the steps before this one")
+    arguments = parser.parse_args(argv)
+    try:
+        seconds = {name: int(value) for name, _, value in (item.partition("=") for item in arguments.seconds)}
+        print(report(arguments.run, arguments.oracle, seconds))
+    except (UserError, ValueError) as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"\nwritten: {arguments.run / RESULTS_FILE}, {arguments.run / SHEET_FILE};"
+        f" curves: tensorboard --logdir {arguments.run}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
