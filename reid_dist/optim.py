@@ -2,13 +2,21 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from reid_dist.config import OptimizerConfig
-from reid_dist.stages import TrainableGroup
+
+
+@dataclass(frozen=True)
+class TrainableGroup:
+    """Named parameters that train alike: `new` ones have no pretrained weights."""
+
+    new: bool
+    parameters: dict[str, nn.Parameter]
 
 
 def parameter_groups(trainable: Iterable[TrainableGroup], config: OptimizerConfig) -> list[dict[str, Any]]:

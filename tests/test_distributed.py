@@ -54,16 +54,17 @@ def test_backward_sends_every_reader_s_gradient_to_the_row_s_owner(run_ranks: Ca
         assert found.equal(total[2 * owner : 2 * owner + 2, None].expand(2, 3))
 
 
-def _expanded_gradient() -> torch.Tensor:
+def _gradient_kept() -> torch.Tensor:
+    gradient = torch.full((4, 3), float(rank() + 1))
     x = torch.zeros(2, 3, requires_grad=True)
-    all_gather_with_grad(x).sum().backward()
-    assert x.grad is not None
-    return x.grad
+    all_gather_with_grad(x).backward(gradient)
+    return gradient
 
 
-def test_backward_takes_an_expanded_gradient(run_ranks: Callable) -> None:
-    """The gradient of a sum is one number seen many times; an all-reduce in place would corrupt it."""
-    assert run_ranks(2, _expanded_gradient)[0].equal(torch.full((2, 3), 2.0))
+def test_backward_leaves_the_gradient_that_it_got_alone(run_ranks: Callable) -> None:
+    """Autograd may hand the same tensor to others; an all-reduce in place would corrupt theirs."""
+    for owner, found in enumerate(run_ranks(2, _gradient_kept)):
+        assert found.equal(torch.full((4, 3), float(owner + 1)))
 
 
 def _mean() -> torch.Tensor:

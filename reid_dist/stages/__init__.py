@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from reid_dist.config import I2IStageConfig, StageConfig, T2IStageConfig
 from reid_dist.models.dual_encoder import DualEncoder
-from reid_dist.stages.base import Batch, Stage, StageOutput, TrainableGroup
+from reid_dist.stages.base import Batch, Stage, StageOutput
 from reid_dist.stages.i2i import I2IStage
 from reid_dist.stages.pretrain import PretrainStage
 from reid_dist.stages.t2i import T2IStage
 
-__all__ = ["STAGES", "Batch", "Stage", "StageOutput", "TrainableGroup", "build_stage"]
+__all__ = ["STAGES", "Batch", "Stage", "StageOutput", "build_stage"]
 
 
 def _pretrain(config: StageConfig, encoder: DualEncoder, identities: int) -> Stage:

@@ -1,12 +1,12 @@
 """What a training stage is: model + losses as one module, so that an engine and the trainer see only `stage(batch)`."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TypedDict
 
 from torch import Tensor, nn
 
 from reid_dist.models.dual_encoder import DualEncoder
+from reid_dist.optim import TrainableGroup
 
 Batch = dict[str, Tensor]
 
@@ -17,14 +17,6 @@ class StageOutput(TypedDict):
     loss: Tensor
     metrics: dict[str, Tensor]
     state: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class TrainableGroup:
-    """Named parameters that train alike: `new` ones have no pretrained weights."""
-
-    new: bool
-    parameters: dict[str, nn.Parameter]
 
 
 class Stage(nn.Module):

@@ -46,7 +46,7 @@ def test_an_anchor_alone_of_its_identity_is_its_own_positive() -> None:
 
 
 def test_without_any_negative_loss_and_gradient_are_zero() -> None:
-    feature = make(4).requires_grad_()
+    feature = (1e6 * make(4)).requires_grad_()  # farther apart than any number that would stand for infinity
     loss = batch_hard_triplet_loss(feature, torch.tensor([5, 5, 5, 5]))
     loss.backward()
     assert loss.item() == 0
@@ -68,9 +68,15 @@ def test_gradient_equals_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: batch_hard_triplet_loss(x, pid, 2.0), (make(5).requires_grad_(),))
 
 
+def test_distances_far_from_the_origin_keep_their_digits() -> None:
+    feature = (make(16, 8) + 1000).float()
+    pid = torch.arange(4).repeat_interleave(4)
+    expected = batch_hard_triplet_loss(feature.double(), pid)
+    assert batch_hard_triplet_loss(feature, pid).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_bf16_features_under_autocast_are_compared_in_fp32() -> None:
-    """Features far from the origin and close together: expanding the square would lose the distances."""
-    feature = (make(16, 8) + 100).bfloat16()
+    feature = make(16, 8).bfloat16()
     pid = torch.arange(4).repeat_interleave(4)
     with torch.autocast("cpu", torch.bfloat16):
         found = batch_hard_triplet_loss(feature, pid)
