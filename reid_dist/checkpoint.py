@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,22 @@ MANIFEST_FILE = "manifest.json"
 _PREFIX = "encoder."
 
 
-def fingerprint(config: RunConfig, stage: StageConfig, previous: str) -> str:
-    """Hash of everything that decides a stage's weights, and of the stage before it."""
+def fingerprint(config: RunConfig, stage: StageConfig, previous: str, data: Sequence[str] = ()) -> str:
+    """Hash of everything that decides a stage's weights.
+
+    Args:
+        config: the run's.
+        stage: one of its stages.
+        previous: fingerprint of the stage before it; empty for the first.
+        data: hashes of the training sets, word list and exclusions.
+    """
     parts = {
         "model": config.model.model_dump(mode="json"),
         "seed": config.seed,
         "steps": config.stage_steps(stage),
         "stage": stage.model_dump(mode="json", exclude={"steps", "evaluation"}),
         "previous": previous,
+        "data": list(data),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -63,9 +72,14 @@ def save_export(
     for file in partial.iterdir():
         _flush(file)
     _flush(partial)
-    shutil.rmtree(folder, ignore_errors=True)
+    # Moved aside whole: a removal that is killed half-way would leave a manifest without its weights.
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     partial.rename(folder)
     _flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_export(folder: Path, verify: bool = False) -> dict[str, Any] | None:
@@ -85,9 +99,9 @@ def read_export(folder: Path, verify: bool = False) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); remove {folder} to train the stage again") from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path}: format_version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}")
-    if verify and _sha256(folder / EXPORT_FILE) != manifest["sha256"]:
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path}: not a manifest of format_version {FORMAT_VERSION}, which this program reads")
+    if verify and _sha256(folder / EXPORT_FILE) != manifest.get("sha256"):
         raise UserError(f"{folder / EXPORT_FILE}: does not match its hash; remove {folder} to train the stage again")
     return manifest
 

@@ -1,5 +1,6 @@
 """The stages of one run, in order: train, export, evaluate; finished ones are skipped."""
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -102,7 +103,8 @@ def run(config: RunConfig) -> None:
         UserError: wrong input, before any training where it can be known.
     """
     inputs = open_inputs(config, distributed.environment_world_size())
-    completed = _completed(config)
+    fingerprints = _fingerprints(config, inputs)
+    completed = _completed(config, fingerprints)
     device = prepare_environment()
     distributed.initialize(device)
     if distributed.rank() == 0:
@@ -116,26 +118,36 @@ def run(config: RunConfig) -> None:
         if stage.name in completed:
             say(f"{stage.name}: complete in {folder}, skipped")
         else:
-            _run_stage(config, index, weights, inputs, device)
+            _run_stage(config, index, fingerprints[index], weights, inputs, device)
         weights = str(folder / "export")
 
 
-def _completed(config: RunConfig) -> set[str]:
+def _fingerprints(config: RunConfig, inputs: Inputs) -> list[str]:
+    """What decides the weights of each stage, all stages before it included."""
+    words = inputs.tokenizer.words if isinstance(inputs.tokenizer, WordTokenizer) else []
+    found: list[str] = []
+    for stage in config.stages:
+        sets = [inputs.shards[stage.data.root / name].manifest.model_dump_json() for name in stage.data.train]
+        excluded = sorted(inputs.exclusions[stage.data.root / stage.data.exclude]) if stage.data.exclude else []
+        data = [hashlib.sha256(text.encode()).hexdigest() for text in (*sets, *words, *excluded)]
+        found.append(fingerprint(config, stage, found[-1] if found else "", data))
+    return found
+
+
+def _completed(config: RunConfig, fingerprints: list[str]) -> set[str]:
     """Names of the leading stages that this very configuration has finished.
 
     Raises:
         UserError: a stage's folder was made by another configuration.
     """
     done: set[str] = set()
-    previous = ""
-    for stage in config.stages:
-        previous = fingerprint(config, stage, previous)
+    for stage, expected in zip(config.stages, fingerprints, strict=True):
         folder = config.output_dir / stage.name
         manifest = read_export(folder / "export", verify=True)
-        if manifest is not None and manifest["fingerprint"] != previous:
+        if manifest is not None and manifest["fingerprint"] != expected:
             raise UserError(
-                f"{folder}: made by other settings than these (fingerprint {manifest['fingerprint']}, now {previous});"
-                " choose another output_dir or remove the folder"
+                f"{folder}: made from other settings or data than these (fingerprint {manifest['fingerprint']}, now"
+                f" {expected}); choose another output_dir or remove the folder"
             )
         # A run that was stopped between export and evaluation trains nothing again, it only scores.
         if manifest is None or not (folder / "metrics.json").is_file():
@@ -144,7 +156,9 @@ def _completed(config: RunConfig) -> set[str]:
     return done
 
 
-def _run_stage(config: RunConfig, index: int, weights: str | None, inputs: Inputs, device: torch.device) -> None:
+def _run_stage(
+    config: RunConfig, index: int, own: str, weights: str | None, inputs: Inputs, device: torch.device
+) -> None:
     stage = config.stages[index]
     folder = config.output_dir / stage.name
     export = folder / "export"
@@ -153,7 +167,7 @@ def _run_stage(config: RunConfig, index: int, weights: str | None, inputs: Input
         encoder = build_encoder(config.model, config.seed)
         _load(encoder, weights, config.model)
         record: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "steps": config.stage_steps(stage)}
-        record["fingerprint"] = _fingerprint(config, index)
+        record["fingerprint"] = own
         record |= _train(config, index, encoder, inputs, device, folder)
         full_state = record.pop("full_state")
         if distributed.rank() == 0:
@@ -180,6 +194,10 @@ def _train(
             "frozen": [],
         }
     loader = _loader(config, index, inputs, device)
+    if config.model.sync_batch_norm:
+        if device.type != "cuda":
+            raise UserError("model.sync_batch_norm: torch's SyncBatchNorm runs on GPUs only; remove the key")
+        encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)  # type: ignore[no-untyped-call]
     # Heads are drawn from a seed of their own stage, whatever was drawn before.
     torch.manual_seed(_stage_seed(config, index))
     stage = build_stage(stage_config, encoder, loader.num_identities)
@@ -247,8 +265,11 @@ def _load(encoder: DualEncoder, weights: str | None, model: ModelConfig) -> None
 def _evaluate_start(config: RunConfig, inputs: Inputs, device: torch.device) -> None:
     """Scores the weights that the first stage gets, so that every table has its zero line."""
     first = config.stages[0]
-    if (config.output_dir / START / "metrics.json").is_file() or not (first.evaluation.t2i or first.evaluation.i2i):
+    if not (first.evaluation.t2i or first.evaluation.i2i):
         return
+    scored = (config.output_dir / START / "metrics.json").is_file()
+    if scored and (config.output_dir / first.name / "export").is_dir():
+        return  # by this very configuration, else the stage's fingerprint would have been refused
     encoder = build_encoder(config.model, config.seed)
     _load(encoder, config.model.weights, config.model)
     began = time.perf_counter()
@@ -312,10 +333,3 @@ def read_scores(output_dir: Path, name: str) -> dict[str, Any]:
 
 def _stage_seed(config: RunConfig, index: int) -> int:
     return config.seed * 1000 + index + 1
-
-
-def _fingerprint(config: RunConfig, index: int) -> str:
-    previous = ""
-    for stage in config.stages[: index + 1]:
-        previous = fingerprint(config, stage, previous)
-    return previous

@@ -97,7 +97,7 @@ def test_an_interrupted_run_continues_with_the_stage_it_was_in(finished, tiny_wo
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished: Path, tiny_world: Path, run_ranks) -> None:
-    with pytest.raises(AssertionError, match="made by other settings"):
+    with pytest.raises(AssertionError, match="made from other settings"):
         run_ranks(1, run, make_config(tiny_world, finished, "optimizer.lr=5e-4"))
 
 
