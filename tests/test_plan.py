@@ -1,0 +1,83 @@
+"""The plan of a dry run: parameters and activations counted without memory agree with a real model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from reid_dist.config import EngineConfig, load_config
+from reid_dist.errors import UserError
+from reid_dist.models.dual_encoder import build_dual_encoder
+from reid_dist.plan import describe, plan_stage, state_bytes
+from reid_dist.stages import build_stage
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURE = ROOT / "configs" / "models" / "row_conv_tiny.json"
+OVERRIDES = [f"model.architecture={ARCHITECTURE}", "stages.i2i.data.identities=30"]
+
+
+def quickstart(*overrides: str):
+    return load_config(ROOT / "configs" / "quickstart.yaml", [*OVERRIDES, "data.root=/nowhere", *overrides])
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_parameters_are_those_of_the_real_stage(index: int) -> None:
+    config = quickstart()
+    stage = config.stages[index]
+    module = build_stage(stage, build_dual_encoder(config.model.architecture, config.model.image_size), 30)
+    plan = plan_stage(config, stage, 1)
+    assert plan.trainable == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert plan.frozen == sum(p.numel() for p in module.parameters() if not p.requires_grad)
+
+
+def test_activations_are_what_a_real_forward_saves() -> None:
+    config = quickstart("data.global_batch_size=16")
+    stage = config.stages[0]
+    module = build_stage(stage, build_dual_encoder(config.model.architecture, config.model.image_size), 30).train()
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(
+            {
+                "image_BCHW": torch.zeros(16, 3, 64, 32, dtype=torch.uint8),
+                "token_BL": torch.zeros(16, 40, dtype=torch.int64),
+                "pid_B": torch.zeros(16, dtype=torch.int64),
+            }
+        )
+    real = sum(storage.nbytes() for storage in saved.values())
+    assert plan_stage(config, stage, 1).activation_bytes == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision", "expected"),
+    [
+        (0, "fp32", 4 + 4 + 8),
+        (1, "fp32", 4 + 4 + 12 / 4),
+        (2, "fp32", 4 + (4 + 12) / 4),
+        (3, "fp32", (4 + 4 + 12) / 4),
+        (1, "pure_bf16", 2 + 2 + 12 / 4),
+    ],
+)
+def test_state_of_one_gpu_of_four_follows_the_zero_paper(zero_stage: int, precision: str, expected: float) -> None:
+    engine = EngineConfig(zero_stage=zero_stage, precision=precision)
+    assert state_bytes(1000, 0, engine, world_size=4, adam=True) == pytest.approx(1000 * expected)
+
+
+def test_more_ranks_take_smaller_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    text = describe(quickstart())
+    assert "plan for 4 ranks" in text
+    assert plan_stage(quickstart(), quickstart().stages[0], 4).micro_batch_size == 16
+
+
+def test_ranks_that_cannot_share_the_batch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"data\.global_batch_size"):
+        describe(quickstart())

@@ -1,0 +1,56 @@
+"""Every command in README.md and docs/ names things that exist: scripts, modules, recipes, settings, converters."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from reid_dist.config import load_config
+from shards.write import CONVERTERS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(page.name, line.split(" #")[0].strip()) for line in lines if line.split(" #")[0].strip()]
+    return found
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) >= 8
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_command_names_what_exists(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    program, rest = words[0], words[1:]
+    if program == "bash":
+        assert subprocess.run(["bash", "-n", rest[0]], check=False).returncode == 0
+    elif program == "python" and rest[0] == "-m":
+        assert importlib.util.find_spec(rest[1]) is not None
+        if rest[1] == "shards.write":
+            assert rest[2] in CONVERTERS
+    elif program in ("deepspeed", "torchrun", "python", "srun"):
+        place = rest.index("launch/train.py")
+        overrides = [word for word in rest[place + 2 :] if "=" in word and not word.startswith("--") and word != "…"]
+        load_config(Path(rest[place + 1]), overrides)
+    elif program in ("tensorboard", "pip", "git", "cd", "sudo", "apt-get"):
+        pass
+    else:
+        pytest.fail(f"{page}: this test does not know {program!r}; teach it, or change the command")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
