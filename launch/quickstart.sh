@@ -47,7 +47,7 @@ else
 fi
 
 name=quickstart${fast:+-fast}
-if [ -n "$fast" ]; then identities=64 test_identities=24 pairs=400; else identities=1200 test_identities=200 pairs=9000; fi
+if [ -n "$fast" ]; then identities=64 test_identities=24 pairs=400; else identities=1200 test_identities=200 pairs=12000; fi
 data=data/$name.seed$seed run=runs/$name raw=data/$name.seed$seed/raw shards=data/$name.seed$seed/shards
 
 # The run folder is of one seed and number of ranks; another one's is kept under its own name.
@@ -68,7 +68,7 @@ for format in cuhk_pedes market1501; do
     python -m shards.world export $format --out "$raw/$format" --ids $identities --test-ids $test_identities --seed "$seed" --level quickstart --workers "$(nproc)"
     python -m shards.write $format --root "$raw/$format" --out "$shards/$format"
 done
-python -m shards.world export img2dataset --out "$raw/generic" --ids $pairs --seed "$seed" --level quickstart --workers "$(nproc)"
+python -m shards.world export img2dataset --out "$raw/generic" --ids $pairs --person-share 0.6 --seed "$seed" --level quickstart --workers "$(nproc)"
 python -m shards.write img2dataset --root "$raw/generic" --out "$shards/generic"
 python -m shards.world vocabulary "$raw/generic" "$raw/cuhk_pedes"
 python -m shards.world oracle "$raw/cuhk_pedes" "$raw/market1501" --json "$data/oracle.json"
@@ -82,7 +82,7 @@ train() {
         launch/train.py configs/$name.yaml data.root="$shards" model.vocabulary="$shards/vocabulary.txt" seed="$seed" "$@"
 }
 train output_dir="$run"
-if [ -z "$fast" ]; then train output_dir="$run/without-pretrain" stages.pretrain.steps=0; fi
+if [ -n "${COMPARE:-}" ]; then train output_dir="$run/without-pretrain" stages.pretrain.steps=0; fi
 train_seconds=$((SECONDS - began))
 
 python -m reid_dist.benchmarks.quickstart "$run" --oracle "$data/oracle.json" \

@@ -77,7 +77,7 @@ class Identity:
         family: Position of the family in its split; families never span splits.
         attributes: The 22 named attributes.
         diff: Attribute in which this member differs from the base of its family, None for the base.
-        tint: Per thing an RGB offset (-1..1 units of 20 grey levels).
+        tint: Per thing an RGB offset (-1..1 units of 12 grey levels).
         trim: Colour name per unnamed small thing.
         shape: Unnamed proportions (shoulders, legs, head), each about -1..1.
         left_handed: On which side bags hang.

@@ -27,11 +27,11 @@ HAIR: dict[str, RGB] = {
     "red": (178, 72, 30),
     "gray": (168, 168, 170),
 }
-_TINT_LEVELS = 20.0
+_TINT_LEVELS = 12.0
 
 
 def tinted(colour: RGB, tint: Sequence[float]) -> RGB:
-    """Return the colour moved by an identity's own tint (units of 20 grey levels, cut at 0 and 255)."""
+    """Return the colour moved by an identity's own tint (units of 12 grey levels, cut at 0 and 255)."""
     red, green, blue = (max(0, min(255, int(c + _TINT_LEVELS * t + 0.5))) for c, t in zip(colour, tint, strict=True))
     return red, green, blue
 
