@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Fresh machine to a trained, evaluated two-query model and its result table.
 #
-#   bash launch/quickstart.sh [--fast] [--cpu] [--ranks N] [--seed S]
+#   bash launch/quickstart.sh [--fast] [--cpu] [--ranks N] [--seed S] [--compare]
 #
-# --fast   a smoke run of a small world, at most 90 s after installation, in runs/quickstart-fast
-# --cpu    do not use GPUs
-# --ranks  processes; default: every GPU, or 2 on the CPU
-# --seed   of the world, the weights and the order; default 0
+# --fast     a smoke run of a small world, at most 90 s after installation, in runs/quickstart-fast
+# --cpu      do not use GPUs
+# --ranks    processes; default: every GPU, or 2 on the CPU
+# --seed     of the world, the weights and the order; default 0
+# --compare  train a second time without the generic stage and add it to the table
 #
 # Running it again reuses what is there: environment, world, shards, finished stages. The results are always in
 # runs/quickstart; a run of another seed or number of ranks is first moved aside, to runs/quickstart.seedS-ranksN.
@@ -16,17 +17,18 @@ cd "$(dirname "$0")/.."
 stop() { echo "quickstart.sh: $*" >&2; exit 2; }
 is_number() { case "$1" in '' | *[!0-9]*) return 1 ;; esac; }
 
-fast='' cpu='' ranks='' seed=0
+fast='' cpu='' ranks='' seed=0 compare=''
 while [ $# -gt 0 ]; do
     case "$1" in
         --fast) fast=1 ;;
         --cpu) cpu=1 ;;
+        --compare) compare=1 ;;
         --ranks | --seed)
             is_number "${2:-}" || stop "$1 needs a number, not '${2:-}'"
             if [ "$1" = --ranks ]; then ranks=$2; else seed=$2; fi
             shift ;;
         -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-        *) stop "unknown option $1; it takes --fast, --cpu, --ranks N and --seed S" ;;
+        *) stop "unknown option $1; it takes --fast, --cpu, --ranks N, --seed S and --compare" ;;
     esac
     shift
 done
@@ -75,14 +77,14 @@ python -m shards.world oracle "$raw/cuhk_pedes" "$raw/market1501" --json "$data/
 python -m reid_dist.data.tokenizer build "$shards/cuhk_pedes" "$shards/generic" --out "$shards/vocabulary.txt"
 data_seconds=$((SECONDS - began))
 
-# The recipe, and the same without its generic stage for comparison (a stage of 0 steps hands its weights on).
+# The recipe; for the comparison the same without its generic stage (a stage of 0 steps hands its weights on).
 began=$SECONDS
 train() {
     deepspeed --num_accelerators "$ranks" --master_port "$(python -c 'from reid_dist.distributed import free_port; print(free_port())')" \
         launch/train.py configs/$name.yaml data.root="$shards" model.vocabulary="$shards/vocabulary.txt" seed="$seed" "$@"
 }
 train output_dir="$run"
-if [ -n "${COMPARE:-}" ]; then train output_dir="$run/without-pretrain" stages.pretrain.steps=0; fi
+if [ -n "$compare" ]; then train output_dir="$run/without-pretrain" stages.pretrain.steps=0; fi
 train_seconds=$((SECONDS - began))
 
 python -m reid_dist.benchmarks.quickstart "$run" --oracle "$data/oracle.json" \

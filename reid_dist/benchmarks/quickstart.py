@@ -25,6 +25,14 @@ RESULTS_FILE = "results.json"
 SHEET_FILE = "contact_sheet.png"
 WITHOUT_PRETRAIN = "without-pretrain"
 BASELINES = ("chance", "untrained", "histogram", "ridge", "oracle")
+LABELS = {
+    "chance": "chance (exact)",
+    "untrained": "untrained network",
+    "histogram": "histogram, whitened (closed form)",
+    "ridge": "ridge histogram to words (closed form)",
+    "oracle": "oracle: perfect reader of attributes",
+    "raw_histogram": "histogram, raw",
+}
 
 Pair = dict[str, Any]
 
@@ -44,14 +52,15 @@ def report(run: Path, oracle: Path, seconds: dict[str, int]) -> str:
     config = load_config(run / "config.yaml")
     baselines = _baselines(config, run, oracle)
     stages = [{"name": stage.name, **_pair(read_scores(run, stage.name))} for stage in config.stages]
-    rows = [(f"{name} (no training)", baselines[name]) for name in baselines] + [(str(s["name"]), s) for s in stages]
+    rows = [(LABELS.get(name, name), baselines[name]) for name in baselines]
+    rows += [(f"after {stage['name']}", stage) for stage in stages]
     results: dict[str, Any] = {"commit": _commit(), "baselines": baselines, "stages": stages}
     comparator = run / WITHOUT_PRETRAIN
     if (comparator / config.stages[-1].name / "metrics.json").is_file():
         results["without_pretrain"] = [
             {"name": stage.name, **_pair(read_scores(comparator, stage.name))} for stage in config.stages[1:]
         ]
-        rows += [(f"{stage['name']} without pretrain", stage) for stage in results["without_pretrain"]]
+        rows += [(f"after {stage['name']}, no pretrain", stage) for stage in results["without_pretrain"]]
     _contact_sheet(config, run)
     taken = dict(seconds)
     taken["report"] = round(time.perf_counter() - began)
