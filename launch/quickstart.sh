@@ -49,7 +49,7 @@ else
 fi
 
 name=quickstart${fast:+-fast}
-if [ -n "$fast" ]; then identities=64 test_identities=24 pairs=400; else identities=1200 test_identities=200 pairs=12000; fi
+if [ -n "$fast" ]; then identities=64 test_identities=24 pairs=400; else identities=1200 test_identities=200 pairs=16000; fi
 data=data/$name.seed$seed run=runs/$name raw=data/$name.seed$seed/raw shards=data/$name.seed$seed/shards
 
 # The run folder is of one seed and number of ranks; another one's is kept under its own name.

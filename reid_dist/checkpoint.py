@@ -14,27 +14,30 @@ from torch import Tensor
 
 from reid_dist.config import ModelConfig, RunConfig, StageConfig
 from reid_dist.errors import UserError
-from reid_dist.models.weights import EXPORT_FILE
+from reid_dist.models.weights import EXPORT_FILE, MANIFEST_FILE
 
 FORMAT_VERSION = 1
-MANIFEST_FILE = "manifest.json"
 _PREFIX = "encoder."
 
 
 def fingerprint(config: RunConfig, stage: StageConfig, previous: str, data: Sequence[str] = ()) -> str:
-    """Hash of everything that decides a stage's weights.
+    """Hash of everything that decides a stage's weights, and of nothing else: a finished stage may be moved.
+
+    Where the data lies, how it is read and how memory is saved do not enter; what the data holds does, through `data`.
 
     Args:
         config: the run's.
         stage: one of its stages.
         previous: fingerprint of the stage before it; empty for the first.
-        data: hashes of the training sets, word list and exclusions.
+        data: hashes of the contents of the training sets, word list and exclusions.
     """
+    # `identities` is only for plans made without the data.
+    reading = {"root", "workers", "cache", "identities"}
     parts = {
-        "model": config.model.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json", exclude={"gradient_checkpointing", "vocabulary"}),
         "seed": config.seed,
         "steps": config.stage_steps(stage),
-        "stage": stage.model_dump(mode="json", exclude={"steps", "evaluation"}),
+        "stage": stage.model_dump(mode="json", exclude={"steps": True, "evaluation": True, "data": reading}),
         "previous": previous,
         "data": list(data),
     }

@@ -227,7 +227,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     raw = _read_yaml(path)
     for text in overrides:
         _apply_override(raw, text, path)
-    problems = list(_unknown_keys(raw, path))
+    problems = [*_unknown_keys(raw, path), *_unseen_defaults(raw, path)]
     try:
         config = RunConfig.model_validate(_with_stage_defaults(raw))
     except ValidationError as error:
@@ -320,14 +320,15 @@ def _with_stage_defaults(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _complete_stage(stage: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    stage = _merge(defaults, stage)
+    stage = merge(defaults, stage)
     stage.setdefault("kind", stage.get("name"))
     return stage
 
 
-def _merge(base: Any, over: Any) -> Any:
+def merge(base: Any, over: Any) -> Any:
+    """Nested mappings laid over each other key by key; any other value of `over` replaces that of `base`."""
     if isinstance(base, dict) and isinstance(over, dict):
-        return base | {key: _merge(base[key], value) if key in base else value for key, value in over.items()}
+        return base | {key: merge(base[key], value) if key in base else value for key, value in over.items()}
     return over
 
 
@@ -344,6 +345,15 @@ def _unknown_keys(raw: dict[str, Any], path: Path) -> Iterator[str]:
                 continue
             known = _fields(STAGE_CONFIGS[kind])
             yield from _unknown_below(stage, known, f"stages.{stage.get('name')}.", path)
+
+
+def _unseen_defaults(raw: dict[str, Any], path: Path) -> Iterator[str]:
+    """One line for each wrong top-level default that validation cannot see, because every stage has its own."""
+    stages = raw.get("stages")
+    own = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    for key in SHARED_SECTIONS:
+        if key in raw and not isinstance(raw[key], dict) and all(key in stage for stage in own):
+            yield f"{path}: {key}: should be a mapping of keys, not {raw[key]!r}"
 
 
 def _unknown_below(raw: dict[str, Any], known: dict[str, Any], prefix: str, path: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reid_dist.config import EngineConfig, OptimizerConfig
+from reid_dist.config import EngineConfig, OptimizerConfig, merge
 from reid_dist.distributed import local_device
 from reid_dist.errors import UserError
 from reid_dist.models.dual_encoder import MAX_LOGIT_SCALE
@@ -63,7 +63,8 @@ def deepspeed_config(config: EngineConfig, micro_batch_size: int) -> dict[str, A
         derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if config.precision == "pure_bf16":
         derived["bf16"] = {"enabled": True}
-    return derived | config.deepspeed
+    merged: dict[str, Any] = merge(derived, config.deepspeed)
+    return merged
 
 
 class Engine:

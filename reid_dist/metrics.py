@@ -115,6 +115,6 @@ def write_scalars(folder: Path, step: int, values: dict[str, float]) -> None:
 
 def _memory_gib() -> float:
     """Peak memory of this rank: the GPU's where there is one, else the process's."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # not so with DS_ACCELERATOR=cpu on a machine with GPUs
         return float(torch.cuda.max_memory_allocated() / 2**30)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

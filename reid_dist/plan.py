@@ -66,8 +66,10 @@ def plan_stage(config: RunConfig, stage: StageConfig, world_size: int) -> StageP
     accumulation = stage.engine.gradient_accumulation_steps
     rows = local_batch_size(stage.data.global_batch_size, world_size, accumulation, images)
     model = config.model
-    with FakeTensorMode():
+    with torch.device("meta"):  # some of timm's constructors look at values, which fake tensors refuse
         encoder = build_dual_encoder(model.architecture, model.image_size, model.patch_stride)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        encoder.to_empty(device="cpu")
         encoder.set_grad_checkpointing(model.gradient_checkpointing)
         module = build_stage(stage, encoder, stage.data.identities or _count_identities(stage)).train()
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)

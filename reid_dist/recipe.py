@@ -1,5 +1,6 @@
 """The stages of one run, in order: train, export, evaluate; finished ones are skipped."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -87,11 +88,10 @@ def check_batch(stage: StageConfig, world_size: int) -> int:
 def build_encoder(model: ModelConfig, seed: int | None) -> DualEncoder:
     """The encoder with random weights by seed, or (None) only its shape, on no device."""
     arguments = (model.architecture, model.image_size, model.patch_stride, model.image_mean, model.image_std)
-    if seed is None:
-        with torch.device("meta"):
-            return build_dual_encoder(*arguments)
-    torch.manual_seed(seed)
-    encoder = build_dual_encoder(*arguments)
+    if seed is not None:
+        torch.manual_seed(seed)
+    with torch.device("meta") if seed is None else contextlib.nullcontext():
+        encoder = build_dual_encoder(*arguments)
     encoder.set_grad_checkpointing(model.gradient_checkpointing)
     return encoder
 
@@ -141,6 +141,7 @@ def _completed(config: RunConfig, fingerprints: list[str]) -> set[str]:
         UserError: a stage's folder was made by another configuration.
     """
     done: set[str] = set()
+    leading = True
     for stage, expected in zip(config.stages, fingerprints, strict=True):
         folder = config.output_dir / stage.name
         manifest = read_export(folder / "export", verify=True)
@@ -150,9 +151,10 @@ def _completed(config: RunConfig, fingerprints: list[str]) -> set[str]:
                 f" {expected}); choose another output_dir or remove the folder"
             )
         # A run that was stopped between export and evaluation trains nothing again, it only scores.
-        if manifest is None or not (folder / "metrics.json").is_file():
-            break
-        done.add(stage.name)
+        # Stages behind an unfinished one are looked at too: `_run_stage` takes an export that is there for its own.
+        leading = leading and manifest is not None and (folder / "metrics.json").is_file()
+        if leading:
+            done.add(stage.name)
     return done
 
 

@@ -224,7 +224,7 @@ RELEVANT = {
     "model.patch_stride": 12,
     "model.position_interpolation": "bicubic",
     "model.image_mean": [0.5, 0.5, 0.5],
-    "model.vocabulary": "words.txt",
+    "model.sync_batch_norm": True,
     "stage.steps": 99,
     "stage.freeze": ["visual"],
     "stage.loss.positives": "pair",
@@ -232,6 +232,7 @@ RELEVANT = {
     "stage.data.global_batch_size": 128,
     "stage.data.sampler": "identity",
     "stage.data.images_per_identity": 2,
+    "stage.data.exclude": "exclude.txt",
     "stage.data.augment.erase": 0.5,
     "stage.optimizer.name": "sgd",
     "stage.optimizer.lr": 2e-5,
@@ -247,6 +248,12 @@ IRRELEVANT = {
     "output_dir": "elsewhere",
     "log_every": 3,
     "max_steps": 500,  # above the stage's own steps
+    "model.gradient_checkpointing": True,
+    "model.vocabulary": "words.txt",  # its words count, see the test below
+    "stage.data.root": "elsewhere",
+    "stage.data.workers": 3,
+    "stage.data.cache": True,
+    "stage.data.identities": 11,
     "stage.evaluation.t2i": ["cuhk_pedes"],
     "stage.evaluation.i2i": ["market1501"],
     "stage.evaluation.split": "test",
@@ -266,6 +273,12 @@ def test_the_fingerprint_stays_where_the_weights_do(key: str) -> None:
 
 def test_a_stage_s_fingerprint_depends_on_the_stage_before_it() -> None:
     assert make_fingerprint({}, previous="a") != make_fingerprint({}, previous="b")
+
+
+def test_the_fingerprint_depends_on_what_the_data_holds() -> None:
+    config = make_config({})
+    found = {fingerprint(config, config.stages[0], "", data) for data in ((), ("a",), ("b",), ("a", "b"), ("b", "a"))}
+    assert len(found) == 5
 
 
 def test_a_cap_equals_as_many_steps() -> None:

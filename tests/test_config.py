@@ -212,6 +212,21 @@ def test_a_wrong_value_is_told_once_with_file_and_key(override: str, key: str, r
     assert line.startswith(f"{recipe}: {key}"), line
 
 
+@pytest.mark.parametrize("value", ["3", "", "[a]", "shards"])
+def test_a_default_that_no_stage_takes_is_told_too(value: str, recipe: Path) -> None:
+    """Every stage of the recipe has its own `data:`, so validation never sees the top level's."""
+    own = [f"stages.{name}.data.global_batch_size=32" for name in ("pretrain", "i2i", "second")]
+    (line,) = problems(recipe, f"data={value}", *own)
+    assert line.startswith(f"{recipe}: data: ") and line.endswith(f"not {yaml.safe_load(value)!r}")
+
+
+def test_a_wrong_default_is_told_beside_stages_that_are_no_list(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("model: {architecture: ViT-B-16}\ndata: 3\nstages: 3\n")
+    lines = problems(path)
+    assert [line.removeprefix(f"{path}: ").split(":")[0] for line in lines] == ["data", "stages"]
+
+
 def test_a_misspelt_choice_offers_the_nearest(recipe: Path) -> None:
     (line,) = problems(recipe, "engine.precision=bf61")
     assert f"{recipe}: engine.precision:" in line and "did you mean bf16?" in line

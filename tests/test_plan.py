@@ -70,6 +70,14 @@ def test_state_of_one_gpu_of_four_follows_the_zero_paper(zero_stage: int, precis
     assert state_bytes(1000, 0, engine, world_size=4, adam=True) == pytest.approx(1000 * expected)
 
 
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "swin_base_patch4_window7_224"])
+def test_a_timm_tower_has_a_plan(name: str) -> None:
+    """Its constructor looks at values, which tensors without memory do not have."""
+    config = quickstart(f"model={{architecture: {name}, image_size: [64, 32]}}", "data.global_batch_size=2")
+    plan = plan_stage(config, config.stages[0], 1)
+    assert plan.trainable > 1e8 and plan.activation_bytes > 1e6
+
+
 def test_more_ranks_take_smaller_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     text = describe(quickstart())

@@ -101,6 +101,18 @@ def test_other_settings_in_the_same_folder_are_refused(finished: Path, tiny_worl
         run_ranks(1, run, make_config(tiny_world, finished, "optimizer.lr=5e-4"))
 
 
+def test_a_later_stage_of_other_settings_is_refused_when_an_earlier_folder_was_removed(
+    finished: Path, tiny_world: Path, tmp_path: Path
+) -> None:
+    """What was trained from the removed weights must not be taken for what the new ones would give."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "i2i")
+    config = make_config(tiny_world, copy, "stages.i2i.optimizer.lr=5e-4")
+    with pytest.raises(UserError, match=r"t2i: made from other settings"):
+        run(config)
+
+
 def test_damaged_export_is_refused(finished: Path, tiny_world: Path, run_ranks, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
@@ -150,6 +162,8 @@ def test_frozen_vision_leaves_i2i_results_bit_identical(tiny_world: Path, run_ra
         ("data.global_batch_size=18", "data.global_batch_size: 18 cannot be shared"),
         ("model.vocabulary=/nowhere.txt", "vocabulary"),
         ("model.architecture=ViT-B-17", "nearest: ViT-B-1"),
+        ("model={architecture: RN50, image_size: [64, 64], gradient_checkpointing: true}", "gradient_checkpointing"),
+        ("model={architecture: RN50, image_size: [64, 80]}", "model.image_size: 64x80"),
     ],
 )
 def test_wrong_input_is_found_before_any_process_group(tiny_world, tmp_path, override: str, message: str) -> None:

@@ -13,7 +13,9 @@ from typing import Any, Literal, NamedTuple
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import TextTransformer
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from reid_dist.errors import UserError
@@ -23,6 +25,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 MAX_LOGIT_SCALE = math.log(100.0)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_RESNET_STRIDE = 32
 
 
 class EncoderOutput(NamedTuple):
@@ -39,6 +42,20 @@ class TextShape:
 
     context_length: int
     vocab_size: int
+
+
+class Patches(NamedTuple):
+    """How an image tower cuts its input; `size` and `stride` are (height, width) in pixels."""
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    embedding: str | None  # the learned position embedding's name in the encoder; None: no such
+    prefix: int = 1  # rows of that before the grid, such as the class token's
+
+    def grid(self, image_size: tuple[int, int], stride: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(rows, columns) of patches of an image of (height, width) pixels; `stride`: another than the tower's own."""
+        down, right = stride or self.stride
+        return (image_size[0] - self.size[0]) // down + 1, (image_size[1] - self.size[1]) // right + 1
 
 
 class DualEncoder(nn.Module):
@@ -100,7 +117,16 @@ class DualEncoder(nn.Module):
         return EncoderOutput(self.encode_image(image_BCHW), self.encode_text(token_BL), log_scale.exp())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the blocks of both towers in backward: less memory, about a third more time."""
+        """Recomputes the blocks of both towers in backward: less memory, about a third more time.
+
+        Raises:
+            UserError: a tower that would ignore it.
+        """
+        if enable and not _can_checkpoint(self.visual):
+            raise UserError(
+                "model.gradient_checkpointing: this architecture's image tower cannot recompute its blocks; remove the"
+                " key, or lower data.global_batch_size to save memory"
+            )
         self.visual.set_grad_checkpointing(enable)  # type: ignore[operator]
         self.text.set_grad_checkpointing(enable)  # type: ignore[operator]
 
@@ -148,6 +174,11 @@ def build_dual_encoder(
         UserError: unknown architecture, or a size or stride that it cannot take.
     """
     config = read_architecture(architecture)
+    if "multimodal_cfg" in config:
+        raise UserError(
+            f"model.architecture: {architecture} is a CoCa (multimodal_cfg), whose towers return tokens for a caption"
+            " decoder; choose an architecture with two towers, such as ViT-B-16"
+        )
     try:
         if "row_conv" in config["vision_cfg"]:
             visual: nn.Module = RowConvTower(config["embed_dim"], **config["vision_cfg"]["row_conv"])
@@ -155,6 +186,10 @@ def build_dual_encoder(
         else:
             towers = _open_clip_towers(config, image_size)
             visual, text = towers.visual, towers.text
+        patches = find_patches(visual)
+        if patches is not None:
+            _check_image_size(patches, image_size, patch_stride)
+        _set_image_size(visual, image_size)
     except (
         TypeError,
         ValueError,
@@ -169,29 +204,47 @@ def build_dual_encoder(
 
 
 def _open_clip_towers(config: dict[str, Any], image_size: tuple[int, int]) -> open_clip.CustomTextCLIP:
-    """open_clip's towers at our image size; ModifiedResNet only knows squares, so its grid is set afterwards."""
-    config = {k: v for k, v in config.items() if k not in ("custom_text", "multimodal_cfg")}
-    resnet = isinstance(config["vision_cfg"].get("layers"), list)
-    if not resnet:
+    """open_clip's towers; its own ViT is built at our image size, the others get it from `_set_image_size`."""
+    config = {k: v for k, v in config.items() if k != "custom_text"}
+    if not isinstance(config["vision_cfg"].get("layers"), list):
         config["vision_cfg"] = {**config["vision_cfg"], "image_size": image_size}
-    towers = open_clip.CustomTextCLIP(**config, nonscalar_logit_scale=True)
-    if resnet:
-        pool = towers.visual.attnpool
-        grid = (image_size[0] // 32, image_size[1] // 32)
-        _replace_position_embedding(pool, grid[0] * grid[1] + 1)
-    return towers
+    return open_clip.CustomTextCLIP(**config, nonscalar_logit_scale=True)
+
+
+def _set_image_size(visual: nn.Module, image_size: tuple[int, int]) -> None:
+    """For towers that open_clip builds at a size of their own: ModifiedResNet knows only squares, timm's one size."""
+    if isinstance(visual, ModifiedResNet):
+        patches = find_patches(visual)
+        assert patches is not None
+        _replace_position_embedding(visual.attnpool, math.prod(patches.grid(image_size)) + patches.prefix)
+    if isinstance(visual, TimmModel):
+        visual.set_input_size(image_size)
+
+
+def _check_image_size(patches: Patches, image_size: tuple[int, int], patch_stride: int | None) -> None:
+    """Refuses sizes of which pixels at the lower and right edge would never be seen, unless a stride asks for it."""
+    sides = list(zip(image_size, patches.size, strict=True))
+    if all(side >= size and (patch_stride is not None or side % size == 0) for side, size in sides):
+        return
+    below = "x".join(str(max(1, side // size) * size) for side, size in sides)
+    above = "x".join(str(-(-side // size) * size) for side, size in sides)
+    nearest = below if below == above else f"{below} or {above}"
+    raise UserError(
+        f"model.image_size: {image_size[0]}x{image_size[1]} is not made of whole patches of"
+        f" {patches.size[0]}x{patches.size[1]} pixels; nearest that work: {nearest}"
+    )
 
 
 def _set_patch_stride(visual: nn.Module, stride: int, image_size: tuple[int, int]) -> None:
-    patch = getattr(visual, "patch_size", None)
-    if not isinstance(visual, open_clip.transformer.VisionTransformer) or patch is None:
+    if not isinstance(visual, VisionTransformer):
         raise UserError("model.patch_stride: only open_clip's ViT towers have patches; remove the key")
-    if not 0 < stride <= min(patch):
-        raise UserError(f"model.patch_stride: {stride} is not in 1..{min(patch)} (the patch size)")
+    if not 0 < stride <= min(visual.patch_size):
+        raise UserError(f"model.patch_stride: {stride} is not in 1..{min(visual.patch_size)} (the patch size)")
     visual.conv1.stride = (stride, stride)
-    grid = tuple((size - p) // stride + 1 for size, p in zip(image_size, patch, strict=True))
-    visual.grid_size = grid
-    _replace_position_embedding(visual, grid[0] * grid[1] + 1)
+    patches = find_patches(visual)
+    assert patches is not None
+    visual.grid_size = patches.grid(image_size)
+    _replace_position_embedding(visual, math.prod(visual.grid_size) + patches.prefix)
 
 
 def _replace_position_embedding(module: nn.Module, positions: int) -> None:
@@ -201,33 +254,56 @@ def _replace_position_embedding(module: nn.Module, positions: int) -> None:
     module.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(positions, width))
 
 
-def position_grid(visual: nn.Module, image_size: tuple[int, int]) -> tuple[str, tuple[int, int]] | None:
-    """Name of a tower's learned position embedding and its grid (rows, columns); None for towers without one."""
-    if isinstance(visual, open_clip.transformer.VisionTransformer):
-        return "visual.positional_embedding", visual.grid_size
-    if getattr(visual, "attnpool", None) is not None:
-        return "visual.attnpool.positional_embedding", (image_size[0] // 32, image_size[1] // 32)
-    return None
+def _can_checkpoint(visual: nn.Module) -> bool:
+    if isinstance(visual, TimmModel):
+        # open_clip only logs that timm refused.
+        try:
+            visual.trunk.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError):
+            return False
+    return not isinstance(visual, ModifiedResNet)
+
+
+def find_patches(visual: nn.Module) -> Patches | None:
+    """How a tower cuts its input; None for towers without patches or position embedding."""
+    if isinstance(visual, VisionTransformer):
+        return Patches(visual.patch_size, visual.conv1.stride, "visual.positional_embedding")
+    if isinstance(visual, ModifiedResNet):
+        size = (_RESNET_STRIDE, _RESNET_STRIDE)
+        return Patches(size, size, "visual.attnpool.positional_embedding")
+    embed: Any = getattr(visual.trunk, "patch_embed", None) if isinstance(visual, TimmModel) else None
+    if not hasattr(embed, "feat_ratio"):
+        return None
+    size = embed.feat_ratio(as_scalar=False)
+    positions = getattr(visual.trunk, "pos_embed", None)
+    if not isinstance(positions, Tensor) or positions.dim() != 3:
+        return Patches(size, size, None)
+    return Patches(size, size, "visual.trunk.pos_embed", positions.shape[1] - math.prod(embed.grid_size))
 
 
 def resize_position_embedding(
-    embedding_ND: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], mode: Interpolation = "bilinear"
+    embedding_ND: Tensor,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    mode: Interpolation = "bilinear",
+    prefix: int = 1,
 ) -> Tensor:
     """Interpolates the grid part of a position embedding and keeps the class row (methods.md section 2).
 
     Args:
-        embedding_ND: class row first, then the grid row by row. Shape: (1 + rows * columns, D).
+        embedding_ND: prefix first, then the grid row by row. Shape: (prefix + rows * columns, D).
         old_grid: (rows, columns) of `embedding_ND`.
         new_grid: (rows, columns) wanted.
         mode: `bilinear` without antialiasing is what IRRA, CLIP-ReID and TextReID use; open_clip uses `bicubic` with.
+        prefix: rows that are not of the grid: 1 for the class token.
 
     Returns:
-        Shape: (1 + new rows * new columns, D).
+        Shape: (prefix + new rows * new columns, D).
     """
     width = embedding_ND.shape[1]
-    grid_1DHW = embedding_ND[1:].T.reshape(1, width, *old_grid)
+    grid_1DHW = embedding_ND[prefix:].T.reshape(1, width, *old_grid)
     resized = F.interpolate(grid_1DHW, size=new_grid, mode=mode, align_corners=False, antialias=mode == "bicubic")
-    return torch.cat([embedding_ND[:1], resized.reshape(width, -1).T])
+    return torch.cat([embedding_ND[:prefix], resized.reshape(width, -1).T])
 
 
 def _unknown_architecture(name: str) -> str:

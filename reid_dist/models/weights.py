@@ -1,10 +1,12 @@
 """Loading an encoder's weights from a file, an export of ours or an open_clip tag, with a report of what matched."""
 
+import json
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from open_clip import list_models
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -14,13 +16,15 @@ from reid_dist.errors import UserError
 from reid_dist.models.dual_encoder import (
     DualEncoder,
     Interpolation,
-    position_grid,
+    Patches,
+    find_patches,
     read_architecture,
     resize_position_embedding,
 )
 
 OPEN_CLIP_TAG = "open_clip:"
 EXPORT_FILE = "model.safetensors"
+MANIFEST_FILE = "manifest.json"
 # What OpenAI's and open_clip's older files keep at the top level and we keep inside `text`.
 _TEXT_PREFIXES = (
     "text_projection",
@@ -30,8 +34,10 @@ _TEXT_PREFIXES = (
     "ln_final.",
     "attn_mask",
 )
+# Only OpenAI's files have it, and all of OpenAI's models were trained with QuickGELU.
+_OPENAI_MARK = "input_resolution"
 # Facts about the model that OpenAI stored among its weights, and a mask that open_clip rebuilds.
-_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "text.attn_mask")
+_NOT_WEIGHTS = (_OPENAI_MARK, "context_length", "vocab_size", "text.attn_mask")
 
 
 @dataclass
@@ -70,16 +76,25 @@ def load_weights(
         interpolation: how the image position embedding is resized where the grids differ.
 
     Raises:
-        UserError: unreadable file, a shape that does not fit, or nothing that matches.
+        UserError: unreadable file, a shape or an activation that does not fit, or nothing that matches.
     """
     path = (
         _tag_file(weights.removeprefix(OPEN_CLIP_TAG), architecture)
         if weights.startswith(OPEN_CLIP_TAG)
         else Path(weights)
     )
-    state = canonical_names(read_state_dict(path))
+    raw = read_state_dict(path)
+    if _OPENAI_MARK in raw:
+        _check_openai_activation(architecture, path)
+    state = canonical_names(raw)
     report = LoadReport()
-    _resize_positions(encoder, state, image_size, interpolation, report)
+    patches = find_patches(encoder.visual)
+    if patches is not None and patches.embedding in state:
+        grid = patches.grid(image_size)
+        source = _source_grid(path, state[patches.embedding], patches, grid)
+        if source != grid:
+            _resize_positions(state, patches, source, grid, interpolation)
+            report.resized.append(patches.embedding)
     own = encoder.state_dict()
     report.missing = sorted(set(own) - set(state))
     report.unexpected = sorted(set(state) - set(own))
@@ -139,25 +154,66 @@ def canonical_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name not in _NOT_WEIGHTS}
 
 
-def _resize_positions(
-    encoder: DualEncoder, state: dict[str, Tensor], image_size: tuple[int, int], mode: Interpolation, report: LoadReport
-) -> None:
-    """Resizes the image position embedding in `state` where its grid differs from the encoder's."""
-    place = position_grid(encoder.visual, image_size)
-    if place is None or place[0] not in state:
-        return
-    name, grid = place
-    positions = state[name].shape[0] - 1
-    if positions == grid[0] * grid[1]:
-        return
+def _source_grid(path: Path, embedding: Tensor, patches: Patches, grid: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of a file's positions: those its manifest tells, else a square, else the encoder's own.
+
+    Raises:
+        UserError: none of these has as many positions.
+    """
+    positions = embedding.shape[-2] - patches.prefix if embedding.dim() > 1 else 0
+    if positions < 1:
+        return grid  # no such embedding at all: its shape will be refused
+    manifest = path / MANIFEST_FILE if path.is_dir() else path.with_name(MANIFEST_FILE)
+    if path.is_dir() or path.name == EXPORT_FILE:
+        told = _manifest_grid(manifest, patches)
+        # A manifest of another patch size tells nothing; the shape of the patches will be refused.
+        if told is not None and min(told) > 0 and told[0] * told[1] == positions:
+            return told
     side = round(positions**0.5)
-    if side * side != positions:
-        raise UserError(
-            f"model.weights: {name} has {positions} grid positions, neither the {grid[0]}x{grid[1]} of"
-            " model.image_size nor a square; set model.image_size and patch_stride to those of the file"
-        )
-    state[name] = resize_position_embedding(state[name].float(), (side, side), grid, mode)
-    report.resized.append(name)
+    if side * side == positions:
+        return side, side
+    if grid[0] * grid[1] == positions:
+        return grid
+    raise UserError(
+        f"model.weights: {patches.embedding} has {positions} grid positions, neither the {grid[0]}x{grid[1]} of"
+        " model.image_size nor a square; set model.image_size and patch_stride to those of the file"
+    )
+
+
+def _resize_positions(
+    state: dict[str, Tensor], patches: Patches, source: tuple[int, int], grid: tuple[int, int], mode: Interpolation
+) -> None:
+    """Resizes the image position embedding in `state` to the encoder's grid."""
+    name = patches.embedding
+    assert name is not None
+    batched = state[name].dim() == 3  # timm's: (1, N, D)
+    embedding_ND = state[name][0] if batched else state[name]
+    resized_ND = resize_position_embedding(embedding_ND.float(), source, grid, mode, patches.prefix)
+    state[name] = resized_ND[None] if batched else resized_ND
+
+
+def _manifest_grid(manifest: Path, patches: Patches) -> tuple[int, int] | None:
+    """The grid of an export of ours, cut by a tower like this one; None for manifests that are not ours."""
+    try:
+        model = json.loads(manifest.read_text())["model"]
+        height, width = (int(side) for side in model["image_size"])
+        stride = model["patch_stride"]
+        return patches.grid((height, width), patches.size if stride is None else (int(stride), int(stride)))
+    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError):
+        return None
+
+
+def _check_openai_activation(architecture: str, path: Path) -> None:
+    """Refuses OpenAI's weights in an architecture without QuickGELU: they would load and compute something else.
+
+    Raises:
+        UserError: the architecture with it is named.
+    """
+    if read_architecture(architecture).get("quick_gelu"):
+        return
+    name = f"{architecture}-quickgelu"
+    remedy = f"choose {name}" if name in list_models() else f'choose one with `"quick_gelu": true` over {architecture}'
+    raise UserError(f"model.architecture: {path} is a file of OpenAI's, trained with QuickGELU; {remedy}")
 
 
 def _first_line(error: Exception) -> str:

@@ -12,12 +12,19 @@ from reid_dist.models.dual_encoder import (
     MAX_LOGIT_SCALE,
     DualEncoder,
     build_dual_encoder,
-    position_grid,
+    find_patches,
     read_architecture,
     resize_position_embedding,
 )
 
 TOKENS = torch.tensor([[1, 7, 8, 49, 0, 0, 0, 0], [1, 9, 49, 0, 0, 0, 0, 0]])
+
+
+def learned_grid(encoder: DualEncoder, size: tuple[int, int]) -> tuple[str | None, tuple[int, int]]:
+    """Name of the image tower's position embedding and its grid."""
+    patches = find_patches(encoder.visual)
+    assert patches is not None
+    return patches.embedding, patches.grid(size)
 
 
 def make_images(height: int, width: int, count: int = 2) -> Tensor:
@@ -32,7 +39,7 @@ def test_vit_takes_any_size_and_overlapping_patches(
 ) -> None:
     encoder = build_dual_encoder(architectures["vit"], size, stride)
     grid = ((size[0] - 16) // step + 1, (size[1] - 16) // step + 1)
-    assert position_grid(encoder.visual, size) == ("visual.positional_embedding", grid)
+    assert learned_grid(encoder, size) == ("visual.positional_embedding", grid)
     assert encoder.get_parameter("visual.positional_embedding").shape == (1 + grid[0] * grid[1], 16)
     output = encoder(make_images(*size), TOKENS)
     assert output.image_features.shape == output.text_features.shape == (2, 12)
@@ -47,7 +54,7 @@ def test_modified_resnet_runs_at_sizes_that_are_not_square(
 ) -> None:
     encoder = build_dual_encoder(architectures["resnet"], size)
     grid = (size[0] // 32, size[1] // 32)
-    assert position_grid(encoder.visual, size) == ("visual.attnpool.positional_embedding", grid)
+    assert learned_grid(encoder, size) == ("visual.attnpool.positional_embedding", grid)
     output = encoder(make_images(*size), TOKENS)
     assert output.image_features.shape == (2, 12) and bool(output.image_features.isfinite().all())
     output.image_features.sum().backward()
@@ -59,7 +66,7 @@ def test_row_conv_tower_comes_from_json(architectures: dict[str, str]) -> None:
     encoder = build_dual_encoder(architectures["row_conv"], (32, 16))
     output = encoder(make_images(32, 16), TOKENS)
     assert output.image_features.shape == output.text_features.shape == (2, 12) and encoder.features == 12
-    assert position_grid(encoder.visual, (32, 16)) is None
+    assert find_patches(encoder.visual) is None
     assert (encoder.text_shape.context_length, encoder.text_shape.vocab_size) == (8, 50)
 
 
@@ -77,6 +84,13 @@ def test_checkpointing_changes_nothing(name: str, architectures: dict[str, str])
     assert len(gradients[0]) > 10
     for parameter, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][parameter], gradient, atol=0, rtol=0)
+
+
+def test_checkpointing_that_the_tower_would_ignore_is_refused(architectures: dict[str, str]) -> None:
+    encoder = build_dual_encoder(architectures["resnet"], (64, 64))
+    encoder.set_grad_checkpointing(False)
+    with pytest.raises(UserError, match=r"model\.gradient_checkpointing"):
+        encoder.set_grad_checkpointing()
 
 
 class Identity(nn.Module):
@@ -208,8 +222,55 @@ def test_open_clip_s_own_table_is_not_changed_by_a_build() -> None:
 def test_an_open_clip_name_builds_at_our_size() -> None:
     with torch.device("meta"):
         encoder = build_dual_encoder("ViT-B-16", (384, 128), 12)
-    assert position_grid(encoder.visual, (384, 128)) == ("visual.positional_embedding", (31, 10))
+    assert learned_grid(encoder, (384, 128)) == ("visual.positional_embedding", (31, 10))
     assert (encoder.features, encoder.text_shape.context_length) == (512, 77)
+
+
+# One of each kind whose size timm fixes at building: plain ViT, rotary positions, hybrid stem, windows.
+TIMM = ("ViT-B-16-SigLIP", "EVA02-B-16", "MobileCLIP-B", "swin_base_patch4_window7_224")
+
+
+@pytest.mark.parametrize("name", [*TIMM, "convnext_tiny"])
+def test_a_timm_tower_runs_at_our_size(name: str) -> None:
+    with torch.device("meta"), torch.no_grad():
+        encoder = build_dual_encoder(name, (384, 128))
+        assert encoder.encode_image(torch.zeros(2, 3, 384, 128)).shape == (2, encoder.features)
+    if name in TIMM[:3]:
+        assert learned_grid(encoder, (384, 128)) == ("visual.trunk.pos_embed", (24, 8))
+    encoder.set_grad_checkpointing()
+
+
+@pytest.mark.parametrize("name", ["coca_ViT-B-32", "coca_base"])
+def test_a_coca_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.architecture: {name} is a CoCa"):
+        build_dual_encoder(name, (224, 224))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "nearest"),
+    [
+        ("vit", (250, 128), "240x128 or 256x128"),
+        ("vit", (256, 100), "256x96 or 256x112"),
+        ("vit", (8, 250), "16x240 or 16x256"),
+        ("vit", (8, 64), "16x64"),
+        ("resnet", (80, 100), "64x96 or 96x128"),
+        ("resnet", (16, 16), "32x32"),
+        ("ViT-B-16-SigLIP", (380, 128), "368x128 or 384x128"),
+        ("ViT-L-14", (384, 128), "378x126 or 392x140"),
+    ],
+)
+def test_a_size_that_is_not_of_whole_patches_is_refused(
+    name: str, size: tuple[int, int], nearest: str, architectures: dict[str, str]
+) -> None:
+    with torch.device("meta"), pytest.raises(UserError, match=rf"model\.image_size: .*that work: {nearest}$"):
+        build_dual_encoder(architectures.get(name, name), size)
+
+
+def test_a_patch_stride_takes_other_sizes_but_none_below_the_patch(architectures: dict[str, str]) -> None:
+    encoder = build_dual_encoder(architectures["vit"], (70, 33), 12)
+    assert learned_grid(encoder, (70, 33)) == ("visual.positional_embedding", (5, 2))
+    with pytest.raises(UserError, match=r"model\.image_size"):
+        build_dual_encoder(architectures["vit"], (64, 15), 12)
 
 
 @pytest.mark.parametrize("text", ["not json", "[]", "3", '{"embed_dim": 4, "vision_cfg": {}}'])

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reid_dist.checkpoint import save_export
+from reid_dist.config import ModelConfig
 from reid_dist.errors import UserError
 from reid_dist.models.dual_encoder import DualEncoder, build_dual_encoder, resize_position_embedding
 from reid_dist.models.weights import canonical_names, load_weights, read_state_dict
@@ -41,6 +43,14 @@ def openai_state(clip: open_clip.CLIP) -> dict[str, Tensor]:
     state = {name: value.half() if value.is_floating_point() else value for name, value in clip.state_dict().items()}
     facts = {"input_resolution": torch.tensor(64), "context_length": torch.tensor(8), "vocab_size": torch.tensor(50)}
     return state | facts
+
+
+def quick_gelu(config: dict[str, Any], folder: Path) -> str:
+    """Gives a configuration OpenAI's activation; returns the path of its JSON file."""
+    config["quick_gelu"] = True
+    path = folder / "quick.json"
+    path.write_text(json.dumps(config))
+    return str(path)
 
 
 def images(height: int = 64, width: int = 64) -> Tensor:
@@ -77,19 +87,31 @@ def test_a_file_of_open_clip_gives_open_clip_s_features(
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_openai_s_state_dict_gives_open_clip_s_features(
-    name: str, architectures: dict[str, str], configs: dict, tmp_path: Path
-) -> None:
+def test_openai_s_state_dict_gives_open_clip_s_features(name: str, configs: dict, tmp_path: Path) -> None:
+    architecture = quick_gelu(configs[name], tmp_path)
     clip = make_clip(configs[name])
     state = openai_state(clip)
     assert state["logit_scale"].dim() == 0
     torch.save(state, tmp_path / "openai.pt")
     clip.load_state_dict({n: v.float() for n, v in state.items() if n in clip.state_dict()})  # rounded alike
-    encoder = build_dual_encoder(architectures[name], SIZE)
-    report = load_weights(encoder, str(tmp_path / "openai.pt"), architectures[name], SIZE)
+    encoder = build_dual_encoder(architecture, SIZE)
+    report = load_weights(encoder, str(tmp_path / "openai.pt"), architecture, SIZE)
     assert_same_model(encoder, clip)
     assert all(parameter.dtype == torch.float32 for parameter in encoder.parameters())
     assert (report.missing, report.unexpected) == ([], [])
+
+
+def test_openai_s_weights_are_refused_without_their_activation(
+    architectures: dict[str, str], configs: dict, tmp_path: Path
+) -> None:
+    path = tmp_path / "openai.pt"
+    torch.save(openai_state(make_clip(configs["vit"])), path)
+    with pytest.raises(UserError, match=r'openai\.pt .*`"quick_gelu": true` over .*vit\.json'):
+        load_weights(build_dual_encoder(architectures["vit"], SIZE), str(path), architectures["vit"], SIZE)
+    with torch.device("meta"):
+        encoder = build_dual_encoder("ViT-B-16", SIZE)
+    with pytest.raises(UserError, match=r"choose ViT-B-16-quickgelu$"):
+        load_weights(encoder, str(path), "ViT-B-16", SIZE)
 
 
 def test_names_with_a_text_tower_are_kept(architectures: dict[str, str], configs: dict, tmp_path: Path) -> None:
@@ -101,7 +123,6 @@ def test_names_with_a_text_tower_are_kept(architectures: dict[str, str], configs
     assert_same_model(encoder, custom)  # type: ignore[arg-type]
 
 
-@pytest.mark.xfail(strict=True, reason="the grid of the file is taken for the encoder's where only their counts agree")
 def test_a_square_grid_of_as_many_positions_is_resized_too(
     architectures: dict[str, str], configs: dict, tmp_path: Path
 ) -> None:
@@ -142,6 +163,91 @@ def test_a_resnet_s_attention_pool_is_resized(architectures: dict[str, str], con
     expected = resize_position_embedding(clip.visual.attnpool.positional_embedding.detach(), (2, 2), (4, 2))
     torch.testing.assert_close(encoder.get_parameter("visual.attnpool.positional_embedding").detach(), expected)
     assert report.resized == ["visual.attnpool.positional_embedding"]
+
+
+def export(
+    folder: Path,
+    architecture: str,
+    size: tuple[int, int],
+    stride: int | None = None,
+    told: tuple[int, int] | None = None,
+) -> Tensor:
+    """An export of ours whose manifest tells the size `told`; returns its position embedding."""
+    encoder = randomize(build_dual_encoder(architecture, size, stride))
+    model = ModelConfig(architecture=architecture, image_size=told or size, patch_stride=stride)
+    save_export(folder, {f"encoder.{n}": v for n, v in encoder.state_dict().items()}, model, None, {})
+    return encoder.state_dict()["visual.positional_embedding"]
+
+
+@pytest.mark.parametrize("named", ["folder", "file"])
+@pytest.mark.parametrize(
+    ("size", "stride", "grid", "new_size", "new_grid"),
+    [
+        ((384, 128), None, (24, 8), (256, 128), (16, 8)),
+        ((160, 64), 12, (13, 5), (96, 32), (6, 2)),
+        ((128, 32), None, (8, 2), (64, 64), (4, 4)),  # as many, and a square on one side
+        ((128, 32), None, (8, 2), (32, 128), (2, 8)),
+    ],
+)
+def test_an_export_of_another_size_is_resized_from_the_grid_that_its_manifest_tells(
+    size: tuple[int, int],
+    stride: int | None,
+    grid: tuple[int, int],
+    new_size: tuple[int, int],
+    new_grid: tuple[int, int],
+    named: str,
+    architectures: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    embedding = export(tmp_path / "export", architectures["vit"], size, stride)
+    weights = tmp_path / "export" / ("model.safetensors" if named == "file" else "")
+    encoder = build_dual_encoder(architectures["vit"], new_size)
+    report = load_weights(encoder, str(weights), architectures["vit"], new_size)
+    expected = resize_position_embedding(embedding, grid, new_grid)
+    torch.testing.assert_close(encoder.get_parameter("visual.positional_embedding").detach(), expected)
+    assert (report.resized, report.missing) == (["visual.positional_embedding"], [])
+
+
+@pytest.mark.parametrize(("size", "stride"), [((128, 32), None), ((160, 64), 12), ((96, 32), None)])
+def test_an_export_of_the_same_size_is_not_resized(
+    size: tuple[int, int], stride: int | None, architectures: dict[str, str], tmp_path: Path
+) -> None:
+    """8x2 are 16, but no square."""
+    embedding = export(tmp_path / "export", architectures["vit"], size, stride)
+    encoder = build_dual_encoder(architectures["vit"], size, stride)
+    report = load_weights(encoder, str(tmp_path / "export"), architectures["vit"], size)
+    assert report.resized == [] and encoder.get_parameter("visual.positional_embedding").equal(embedding)
+
+
+@pytest.mark.parametrize("manifest", ["{", "[]", '{"model": 3}', '{"model": {"image_size": [1], "patch_stride": 0}}'])
+def test_a_manifest_that_is_not_ours_or_tells_another_count_is_not_believed(
+    manifest: str, architectures: dict[str, str], tmp_path: Path
+) -> None:
+    embedding = export(tmp_path / "export", architectures["vit"], (64, 64), told=(48, 16))
+    for content in (None, manifest):
+        if content is not None:
+            (tmp_path / "export" / "manifest.json").write_text(content)
+        encoder = build_dual_encoder(architectures["vit"], (128, 32))
+        load_weights(encoder, str(tmp_path / "export"), architectures["vit"], (128, 32))
+        expected = resize_position_embedding(embedding, (4, 4), (8, 2))
+        torch.testing.assert_close(encoder.get_parameter("visual.positional_embedding").detach(), expected)
+
+
+@pytest.mark.parametrize(("trunk", "pool"), [("test_vit", "token"), ("vit_wee_patch16_reg1_gap_256", "avg")])
+def test_a_timm_tower_s_positions_are_resized(trunk: str, pool: str, configs: dict, tmp_path: Path) -> None:
+    """As timm does it itself; SigLIP's have no class row, as the second's, EVA's have one."""
+    config = configs["vit"]
+    config["vision_cfg"] = {"timm_model_name": trunk, "timm_pool": pool}
+    path = tmp_path / "timm.json"
+    path.write_text(json.dumps(config))
+    square = randomize(build_dual_encoder(str(path), (128, 128))).eval()
+    torch.save(square.state_dict(), tmp_path / "square.pt")
+    encoder = build_dual_encoder(str(path), (192, 64)).eval()
+    report = load_weights(encoder, str(tmp_path / "square.pt"), str(path), (192, 64), "bicubic")
+    assert (report.resized, report.missing) == (["visual.trunk.pos_embed"], [])
+    square.visual.set_input_size((192, 64))  # type: ignore[operator]
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.encode_image(images(192, 64)), square.encode_image(images(192, 64)))
 
 
 def test_positions_that_fit_no_square_are_refused(architectures: dict[str, str], tmp_path: Path) -> None:
