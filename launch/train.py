@@ -1,6 +1,6 @@
 """Trains a recipe: `deepspeed launch/train.py CONFIG [key.sub=value ...] [--dry-run]`.
 
-Also `torchrun launch/train.py CONFIG`, `srun python launch/train.py CONFIG`, or plain `python` for one process.
+Also `torchrun launch/train.py CONFIG`, or plain `python launch/train.py CONFIG` for one process.
 """
 
 import argparse
@@ -8,9 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-from reid_dist.config import dump_config, load_config
-from reid_dist.distributed import environment_rank, shutdown
+from reid_dist.config import RunConfig, dump_config, load_config
+from reid_dist.distributed import environment_rank, is_lost_peer, shutdown
+from reid_dist.engine import remove_shared_memory
 from reid_dist.errors import UserError
+from reid_dist.plan import describe
+from reid_dist.recipe import run
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,24 +32,30 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            from reid_dist.plan import describe
-
-            print(dump_config(config) + "\n" + describe(config))
+            if environment_rank() == 0:
+                print(dump_config(config) + "\n" + describe(config))
             return 0
-        # Imported late: a typo in the recipe is told before torch and DeepSpeed take their seconds to load.
-        from reid_dist.engine import remove_shared_memory
-        from reid_dist.recipe import run
-
-        try:
-            run(config)
-        finally:
-            remove_shared_memory()
+        return _train(config)
     except UserError as error:
+        # Most wrong input is seen by all ranks alike, and the launcher ends all with the first: let rank 0 speak.
         if environment_rank() != 0:
-            # Most wrong input is seen by all ranks alike, and the launcher ends all with the first: let rank 0 speak.
             time.sleep(3)
         print(f"train.py: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def _train(config: RunConfig) -> int:
+    try:
+        run(config)
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        # The rank that left has said why, or was killed; its exit code is the one that the launcher should find.
+        print(f"train.py: rank {environment_rank()} stops because another rank ended", file=sys.stderr, flush=True)
+        time.sleep(10)
+        return 1
+    finally:
+        remove_shared_memory()
     shutdown()
     return 0
 

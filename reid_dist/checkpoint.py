@@ -21,15 +21,15 @@ _PREFIX = "encoder."
 
 
 def fingerprint(config: RunConfig, stage: StageConfig, previous: str, data: Sequence[str] = ()) -> str:
-    """Hash of everything that decides a stage's weights, and of nothing else: a finished stage may be moved.
+    """Hash of everything that decides a stage's weights.
 
-    Where the data lies, how it is read and how memory is saved do not enter; what the data holds does, through `data`.
+    Where the data lie, how they are read and how memory is saved do not enter; what they hold does, through `data`.
 
     Args:
         config: the run's.
         stage: one of its stages.
         previous: fingerprint of the stage before it; empty for the first.
-        data: hashes of the contents of the training sets, word list and exclusions.
+        data: hashes of contents: training sets, word list, exclusions, architecture, first weights.
     """
     # `identities` is only for plans made without the data.
     reading = {"root", "workers", "cache", "identities"}
@@ -65,7 +65,7 @@ def save_export(
     save_file(state, partial / EXPORT_FILE)
     manifest = {
         "format_version": FORMAT_VERSION,
-        "sha256": _sha256(partial / EXPORT_FILE),
+        "sha256": file_sha256(partial / EXPORT_FILE),
         "model": model.model_dump(mode="json", exclude={"weights", "vocabulary"}),
         "words": words,
         "versions": {name: _version(name) for name in ("torch", "deepspeed", "open_clip_torch")},
@@ -104,21 +104,27 @@ def read_export(folder: Path, verify: bool = False) -> dict[str, Any] | None:
         raise UserError(f"{path}: damaged ({error}); remove {folder} to train the stage again") from error
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: not a manifest of format_version {FORMAT_VERSION}, which this program reads")
-    if verify and _sha256(folder / EXPORT_FILE) != manifest.get("sha256"):
+    if verify and file_sha256(folder / EXPORT_FILE) != manifest.get("sha256"):
         raise UserError(f"{folder / EXPORT_FILE}: does not match its hash; remove {folder} to train the stage again")
     return manifest
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name, flushes it to the disk and renames it."""
+    """Writes JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name, flushes it to the disk and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.write_text(text)
     _flush(partial)
     partial.rename(path)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Hash of a file's content, as hexadecimal digits."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)

@@ -86,6 +86,25 @@ class EngineConfig(Section):
         default_factory=dict, description="raw DeepSpeed keys, merged over the derived ones"
     )
 
+    @model_validator(mode="after")
+    def _no_second_truth(self) -> "EngineConfig":
+        derived = {
+            "train_batch_size": "data.global_batch_size",
+            "train_micro_batch_size_per_gpu": "data.global_batch_size",
+            "gradient_accumulation_steps": "engine.gradient_accumulation_steps",
+            "gradient_clipping": "engine.max_grad_norm",
+            "bf16": "engine.precision",
+            "fp16": "engine.precision",
+            "torch_autocast": "engine.precision",
+            "optimizer": "optimizer",
+            "scheduler": "optimizer.schedule",
+        }
+        for key in sorted(set(derived) & set(self.deepspeed)):
+            raise ValueError(f"deepspeed.{key} is derived from {derived[key]}; set that instead")
+        if "stage" in (self.deepspeed.get("zero_optimization") or {}):
+            raise ValueError("deepspeed.zero_optimization.stage is derived from engine.zero_stage; set that instead")
+        return self
+
 
 class OptimizerConfig(Section):
     """Optimizer and learning-rate schedule; a step is an optimizer step."""
@@ -207,6 +226,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _unique_names(self) -> "RunConfig":
         names = [stage.name for stage in self.stages]
+        if set(names) & {"start", "tensorboard"}:
+            raise ValueError("stages: `start` and `tensorboard` are folders of the run; give the stage another name")
         if len(set(names)) < len(names):
             raise ValueError(
                 f"stages: two stages share a name ({', '.join(names)}); give one another `name` and its `kind`"

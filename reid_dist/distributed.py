@@ -73,6 +73,14 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has gone, as gloo and NCCL put it."""
+    text = str(error)
+    return any(
+        words in text for words in ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    )
+
+
 def barrier() -> None:
     """Waits for all ranks."""
     if world_size() > 1:
@@ -145,6 +153,15 @@ def mean_over_ranks(x: Tensor) -> Tensor:
         dist.all_reduce(total)
         total /= world_size()
     return total
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Every rank's value on every rank (pickled between the trusted ranks of one job)."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast_object(value: Any) -> Any:

@@ -82,7 +82,9 @@ class Engine:
 
         self.stage = stage
         self.config = config
-        self._gradient_norm = 0.0
+        self._gradient_norm: Tensor | None = None
+        # What the cast to bf16 would round: masters start from it, and frozen weights are exported as they came.
+        self._exact = _fp32_copies(stage) if config.precision == "pure_bf16" else {}
         groups = parameter_groups(stage.trainable(), optimizer)
         if not groups:
             raise UserError("freeze: nothing in this stage trains; unfreeze a tower")
@@ -93,7 +95,7 @@ class Engine:
                 config=deepspeed_config(config, micro_batch_size),
                 dist_init_required=False,
             )
-
+        self._restore_masters()
         self._hold_logit_scale()
 
     def __call__(self, batch: Batch) -> StageOutput:
@@ -111,7 +113,7 @@ class Engine:
         if boundary and self.config.zero_stage == 0 and self.config.precision != "pure_bf16":
             # DeepSpeed only knows the norm at ZeRO 0 when it clips.
             gradients = [p.grad for p in self.stage.parameters() if p.grad is not None]
-            self._gradient_norm = float(nn.utils.get_total_norm(gradients))
+            self._gradient_norm = nn.utils.get_total_norm(gradients)
         self._engine.step()
         updated = boundary and bool(self._engine.was_step_applied())
         if updated:
@@ -128,9 +130,18 @@ class Engine:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def gradient_norm(self) -> float:
-        """Global L2 norm of the gradients of the last step, before clipping (0 before the first)."""
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm else self._gradient_norm
+        """Global L2 norm of the last step's gradients before clipping (0 before the first); waits for the device."""
+        norm = self._engine.get_global_grad_norm() or self._gradient_norm
+        return 0.0 if norm is None else float(norm)
+
+    @torch.no_grad()
+    def _restore_masters(self) -> None:
+        """Puts the unrounded weights into DeepSpeed's fp32 masters, which it had made from bf16 copies. Collective."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self.stage.named_parameters():
+            if name in self._exact and parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, self._exact.pop(name).to(parameter.device))
 
     @torch.no_grad()
     def _hold_logit_scale(self) -> None:
@@ -154,7 +165,8 @@ class Engine:
         full: dict[str, Tensor] = {}
         for name, parameter in self.stage.named_parameters():
             if names is None or name in names:
-                full[name] = self._full_parameter(parameter).detach().float().cpu().clone()
+                exact = self._exact[name] if name in self._exact else self._full_parameter(parameter)
+                full[name] = exact.detach().float().cpu().clone()
         for name, buffer in self.stage.named_buffers():
             if name in self.stage.state_dict() and (names is None or name in names):
                 full[name] = buffer.detach().cpu().clone()
@@ -189,6 +201,10 @@ class Engine:
         self._engine.destroy()
 
 
+def _fp32_copies(stage: Stage) -> dict[str, Tensor]:
+    return {name: parameter.detach().float().cpu().clone() for name, parameter in stage.named_parameters()}
+
+
 def _masters(parameter: nn.Parameter) -> list[Tensor]:
     """This rank's pieces of a parameter that DeepSpeed keeps beside the module's own tensor, as views."""
     from deepspeed.utils import safe_get_local_fp32_param
@@ -197,16 +213,6 @@ def _masters(parameter: nn.Parameter) -> list[Tensor]:
         return [parameter.ds_tensor.data, safe_get_local_fp32_param(parameter)]
     mapping = getattr(parameter, "_hp_mapping", None)
     return [] if mapping is None else [mapping.get_hp_fragment().data]
-
-
-def remove_stale_build_lock(folder: Path | None = None) -> None:
-    """Removes the lock that a rank killed while building DeepSpeed's CPU collectives left behind.
-
-    Later ranks would wait on it for ever without a message. Only called before this run's ranks build anything.
-    """
-    root = folder or Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    for lock in root.glob("**/deepspeed_shm_comm/lock"):
-        lock.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

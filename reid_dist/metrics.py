@@ -4,6 +4,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -55,7 +56,9 @@ class StageLog:
             self._sums[key] = self._sums[key] + value if key in self._sums else value
         self._count += 1
 
-    def step_done(self, step: int, learning_rate: float, gradient_norm: float, wait_seconds: float) -> None:
+    def step_done(
+        self, step: int, learning_rate: float, gradient_norm: Callable[[], float], wait_seconds: float
+    ) -> None:
         """Counts an optimizer step (0-based); all ranks enter, because means over ranks are a collective.
 
         Raises:
@@ -72,7 +75,7 @@ class StageLog:
         steps = (step % self.log_every) + 1
         values |= {
             "learning_rate": learning_rate,
-            "gradient_norm": gradient_norm,
+            "gradient_norm": gradient_norm(),
             "samples_per_s": steps * self.global_batch_size / elapsed,
             "data_wait_percent": 100 * (wait_seconds - self._waited) / elapsed,
             "memory_gib": _memory_gib(),

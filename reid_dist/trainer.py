@@ -38,4 +38,4 @@ def train(
             updated = engine.step()
             log.add({"loss": output["loss"], **output["metrics"]})
         engine.stage.after_step(output, updated)
-        log.step_done(step, engine.learning_rate, engine.gradient_norm(), loader.wait_seconds)
+        log.step_done(step, engine.learning_rate, engine.gradient_norm, loader.wait_seconds)

@@ -169,7 +169,7 @@ def test_the_old_hash_function_agrees_with_the_new(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"abc" * 700_000)
     with path.open("rb") as file:
-        assert checkpoint._digest(file) == hashlib.sha256(path.read_bytes()).hexdigest() == checkpoint._sha256(path)
+        assert checkpoint._digest(file) == hashlib.sha256(path.read_bytes()).hexdigest() == checkpoint.file_sha256(path)
 
 
 # JSON files

@@ -32,11 +32,13 @@ FLOORS = {
     "reid_dist.checkpoint": 4,
     "reid_dist.metrics": 4,
     "reid_dist.trainer": 5,
-    "reid_dist.recipe": 6,
-    "reid_dist.plan": 6,
-    "reid_dist.supervisor": 6,
-    "reid_dist.benchmarks": 7,
-    "reid_dist.claims": 7,
+    "reid_dist.inputs": 5,
+    "reid_dist.scoring": 6,
+    "reid_dist.recipe": 7,
+    "reid_dist.plan": 7,
+    "reid_dist.supervisor": 7,
+    "reid_dist.benchmarks": 8,
+    "reid_dist.claims": 8,
 }
 # External packages that only these files may import.
 RESERVED = {

@@ -22,7 +22,7 @@ def run_steps(log: StageLog, losses: list[list[float]]) -> None:
     for step, micro_batches in enumerate(losses):
         for loss in micro_batches:
             log.add({"loss": torch.tensor(loss), "logit_scale": torch.tensor([14.0])})
-        log.step_done(step, learning_rate=0.1 * (step + 1), gradient_norm=float(step), wait_seconds=0.0)
+        log.step_done(step, learning_rate=0.1 * (step + 1), gradient_norm=lambda: 1.0, wait_seconds=0.0)
     log.close()
 
 
@@ -93,7 +93,7 @@ def test_speed_and_data_wait_cover_the_steps_since_the_last_point(
     for step, waited in enumerate([0.5, 1.0, 1.5]):
         now[0] += 2.0
         log.add({"loss": torch.tensor(1.0)})
-        log.step_done(step, 0.1, 0.0, waited)
+        log.step_done(step, 0.1, lambda: 0.0, waited)
     log.close()
     # 2 steps of 32 samples in 4 s with 1 s of waiting, then 1 step in 2 s with half a second.
     assert [point["samples_per_s"] for point in log.history] == [16.0, 16.0]

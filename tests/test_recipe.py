@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from reid_dist.config import RunConfig, load_config
 from reid_dist.errors import UserError
-from reid_dist.recipe import open_inputs, run
+from reid_dist.inputs import open_inputs
+from reid_dist.recipe import run
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3

@@ -12,14 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from reid_dist.checkpoint import read_export
 from reid_dist.config import RunConfig, load_config
 from reid_dist.data.reader import ShardSet
 from reid_dist.errors import UserError
 from reid_dist.evaluation.baselines import closed_form_baselines
 from reid_dist.evaluation.benchmark import extract_benchmark, i2i_task, load_baseline_data, t2i_task
 from reid_dist.evaluation.report import contact_sheet, ranked_rows, result_table, write_results
+from reid_dist.inputs import build_encoder, open_inputs
 from reid_dist.models.weights import load_weights
-from reid_dist.recipe import START, build_encoder, open_inputs, read_scores
+from reid_dist.scoring import START, read_scores
 
 RESULTS_FILE = "results.json"
 SHEET_FILE = "contact_sheet.png"
@@ -62,13 +64,23 @@ def report(run: Path, oracle: Path, seconds: dict[str, int]) -> str:
         ]
         rows += [(f"after {stage['name']}, no pretrain", stage) for stage in results["without_pretrain"]]
     _contact_sheet(config, run)
-    taken = dict(seconds)
-    taken["report"] = round(time.perf_counter() - began)
-    taken["total"] = sum(taken.values())
-    results["seconds"] = taken
+    taken = {**seconds, "report": round(time.perf_counter() - began)}
+    results["seconds"] = {**taken, "total": sum(taken.values())}
     results["seed"] = config.seed
-    write_results(run / RESULTS_FILE, results)
+    results["fingerprint"] = (read_export(run / config.stages[-1].name / "export") or {}).get("fingerprint")
+    write_results(run / RESULTS_FILE, results | _of_the_first_time(run, results["fingerprint"]))
     return result_table(rows)
+
+
+def _of_the_first_time(run: Path, fingerprint: str | None) -> dict[str, Any]:
+    """Commit and times of the report on this very model that is there already: a second run only skips."""
+    try:
+        earlier = json.loads((run / RESULTS_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    if fingerprint is None or earlier.get("fingerprint") != fingerprint:
+        return {}
+    return {key: earlier[key] for key in ("commit", "seconds")}
 
 
 def _baselines(config: RunConfig, run: Path, oracle: Path) -> dict[str, Pair]:

@@ -56,6 +56,21 @@ def benchmark_rows(shards: ShardSet, split: str = "test") -> Rows:
     return shards.rows(split, ["query", "gallery", "distractor"])
 
 
+def require_rows(shards: ShardSet, split: str) -> Rows:
+    """`benchmark_rows`, of which there must be some.
+
+    Raises:
+        UserError: the split has neither queries nor a gallery.
+    """
+    rows = benchmark_rows(shards, split)
+    if len(rows) == 0:
+        raise UserError(
+            f"evaluation: {shards.path} ({shards.name}): no query or gallery images in split {split}; "
+            "choose another split or benchmark"
+        )
+    return rows
+
+
 def _has_role(role_N: Tensor, *names: str) -> Tensor:
     chosen = torch.tensor([ROLES.index(name) for name in names], device=role_N.device)
     return torch.isin(role_N, chosen)
@@ -125,13 +140,7 @@ def extract_benchmark(
     cache: ImageCache | None = None,
 ) -> Features:
     """`extract` of everything that the split's retrieval tasks need."""
-    rows = benchmark_rows(shards, split)
-    if len(rows) == 0:
-        raise UserError(
-            f"evaluation: {shards.path} ({shards.name}): no query or gallery images in split {split}; "
-            "choose another split or benchmark"
-        )
-    return extract(encoder, shards, rows, size, tokenizer, batch_size, device, cache)
+    return extract(encoder, shards, require_rows(shards, split), size, tokenizer, batch_size, device, cache)
 
 
 def evaluate_benchmark(

@@ -25,7 +25,7 @@ from reid_dist.data.cache import ImageCache
 from reid_dist.data.loader import caption_batches, caption_table, eval_batches
 from reid_dist.data.reader import Rows, ShardSet
 from reid_dist.data.tokenizer import Tokenizer
-from reid_dist.distributed import all_gather_ragged, rank, world_size
+from reid_dist.distributed import all_gather_object, all_gather_ragged, rank, world_size
 from reid_dist.errors import UserError
 
 CAPTIONS_PER_IMAGE_BLOCK = 4  # a sentence costs less than an image
@@ -83,16 +83,15 @@ def evaluating(encoder: object) -> Iterator[None]:
             module.training = mode
 
 
-def _raise_together(problem: Exception | None, width: int, device: torch.device) -> int:
-    """All ranks learn whether one failed; returns the width D, which a rank without a block does not know."""
-    state = torch.tensor([[int(problem is not None), width]], device=device)
-    states = torch.cat(all_gather_ragged(state))
-    if problem is not None:
+def _raise_together(problem: Exception | None, width: int) -> int:
+    """All ranks raise what one of them met; returns the width D, which a rank without a block does not know."""
+    states = all_gather_object((None if problem is None else str(problem), width))
+    if problem is not None and not isinstance(problem, UserError):
         raise problem
-    failed = states[:, 0].nonzero().flatten().tolist()
-    if failed:
-        raise UserError(f"evaluation: extraction failed on rank {failed[0]}; its message says why")
-    return int(states[:, 1].max())
+    messages = [message for message, _ in states if message is not None]
+    if messages:
+        raise UserError(messages[0])
+    return max(int(found) for _, found in states)
 
 
 def _gather_blocks(
@@ -120,7 +119,7 @@ def _gather_blocks(
             parts.append(nn.functional.normalize(feature_BD, dim=1))
     except Exception as error:
         problem = error
-    width = _raise_together(problem, parts[0].shape[1] if parts else 0, device)
+    width = _raise_together(problem, parts[0].shape[1] if parts else 0)
     own_ND = torch.cat(parts) if parts else torch.zeros(0, width, device=device)
     own_N = torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64)
     place_N = torch.cat(all_gather_ragged(own_N.to(device)))

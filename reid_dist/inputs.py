@@ -1,0 +1,176 @@
+"""What a run reads: encoder, tokenizer, shard sets and exclusions, checked before any device is touched."""
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from reid_dist.checkpoint import file_sha256, fingerprint
+from reid_dist.config import I2IStageConfig, ModelConfig, RunConfig, StageConfig
+from reid_dist.data.cache import ImageCache
+from reid_dist.data.exclude import read_exclusions
+from reid_dist.data.loader import Sampling, TrainLoader
+from reid_dist.data.reader import ShardSet
+from reid_dist.data.sampler import local_batch_size
+from reid_dist.data.tokenizer import Tokenizer, WordTokenizer, build_tokenizer
+from reid_dist.data.training_samples import TrainingSamples
+from reid_dist.data.transforms import Augment
+from reid_dist.errors import UserError
+from reid_dist.evaluation.benchmark import require_rows
+from reid_dist.models.dual_encoder import DualEncoder, build_dual_encoder, read_architecture
+from reid_dist.models.weights import EXPORT_FILE, OPEN_CLIP_TAG
+
+
+@dataclass
+class Inputs:
+    """Everything that a run reads, opened and checked before a device or a process group is touched."""
+
+    shards: dict[Path, ShardSet]
+    tokenizer: Tokenizer
+    exclusions: dict[Path, frozenset[str]]
+    cache: ImageCache = field(default_factory=ImageCache)
+
+    @property
+    def words(self) -> list[str]:
+        """The word list of the tokenizer; empty for an architecture's own tokenizer."""
+        return self.tokenizer.words if isinstance(self.tokenizer, WordTokenizer) else []
+
+    def excluded(self, stage: StageConfig) -> frozenset[str]:
+        """Identities that a stage must not train on."""
+        return self.exclusions[stage.data.root / stage.data.exclude] if stage.data.exclude else frozenset()
+
+
+def open_inputs(config: RunConfig, world_size: int) -> Inputs:
+    """Opens every shard set and the tokenizer, and checks that the batches can be shared by the ranks.
+
+    Raises:
+        UserError: the first thing that is missing or does not fit.
+    """
+    for stage in config.stages:
+        check_batch(stage, world_size)
+    if config.model.sync_batch_norm and not torch.cuda.is_available():
+        raise UserError("model.sync_batch_norm: torch's SyncBatchNorm runs on GPUs only; remove the key")
+    shape = build_encoder(config.model, seed=None).text_shape
+    tokenizer = build_tokenizer(
+        config.model.vocabulary, config.model.architecture, shape.context_length, shape.vocab_size
+    )
+    paths = {path for stage in config.stages for path in stage_paths(stage)}
+    lists = {stage.data.root / stage.data.exclude for stage in config.stages if stage.data.exclude}
+    inputs = Inputs(
+        {path: ShardSet(path) for path in sorted(paths)},
+        tokenizer,
+        {path: read_exclusions(path) for path in sorted(lists)},
+    )
+    local_weights(config.model)
+    for index, stage in enumerate(config.stages):
+        if config.stage_steps(stage):
+            train_loader(config, index, inputs, 0, world_size)
+        for name in (*stage.evaluation.t2i, *stage.evaluation.i2i):
+            require_rows(inputs.shards[stage.data.root / name], stage.evaluation.split)
+    return inputs
+
+
+def local_weights(model: ModelConfig) -> Path | None:
+    """The file of the first weights; None for random ones or an open_clip tag.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if model.weights is None or model.weights.startswith(OPEN_CLIP_TAG):
+        return None
+    path = Path(model.weights)
+    path = path / EXPORT_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"model.weights: {path} does not exist")
+    return path
+
+
+def stage_paths(stage: StageConfig) -> list[Path]:
+    """Every shard set that a stage trains on or is scored on."""
+    names = [*stage.data.train, *stage.evaluation.t2i, *stage.evaluation.i2i]
+    return [stage.data.root / name for name in names]
+
+
+def check_batch(stage: StageConfig, world_size: int) -> int:
+    """Samples per rank and accumulation step.
+
+    Raises:
+        UserError: the world size or the accumulation does not divide the global batch.
+    """
+    images = stage.data.images_per_identity if stage.data.sampler == "identity" else 1
+    try:
+        return local_batch_size(
+            stage.data.global_batch_size, world_size, stage.engine.gradient_accumulation_steps, images
+        )
+    except UserError as error:
+        raise UserError(f"stages.{stage.name}: {error}") from error
+
+
+def build_encoder(model: ModelConfig, seed: int | None) -> DualEncoder:
+    """The encoder with random weights by seed, or (None) only its shape, on no device."""
+    arguments = (model.architecture, model.image_size, model.patch_stride, model.image_mean, model.image_std)
+    if seed is not None:
+        torch.manual_seed(seed)
+    with torch.device("meta") if seed is None else contextlib.nullcontext():
+        encoder = build_dual_encoder(*arguments)
+    encoder.set_grad_checkpointing(model.gradient_checkpointing)
+    return encoder
+
+
+def stage_fingerprints(config: RunConfig, inputs: Inputs) -> list[str]:
+    """What decides the weights of each stage, all stages before it and the content of its data included."""
+    model = [json.dumps(read_architecture(config.model.architecture), sort_keys=True), *inputs.words]
+    weights = local_weights(config.model)
+    if weights is not None:
+        model.append(file_sha256(weights))
+    found: list[str] = []
+    for stage in config.stages:
+        sets = [inputs.shards[stage.data.root / name].manifest.model_dump_json() for name in stage.data.train]
+        parts = ("model", *model, "sets", *sets, "excluded", *sorted(inputs.excluded(stage)))
+        data = [hashlib.sha256(part.encode()).hexdigest() for part in parts]
+        found.append(fingerprint(config, stage, found[-1] if found else "", data))
+    return found
+
+
+def train_loader(
+    config: RunConfig, index: int, inputs: Inputs, rank: int, world_size: int, pin_memory: bool = False
+) -> TrainLoader:
+    """A rank's training batches of a stage.
+
+    Raises:
+        UserError: samples without the captions that the stage needs, too few identities, or a batch that does not fit.
+    """
+    stage = config.stages[index]
+    data = stage.data
+    with_text = not isinstance(stage, I2IStageConfig) or stage.loss.text_weight > 0
+    samples = TrainingSamples(
+        [inputs.shards[data.root / name] for name in data.train],
+        config.model.image_size,
+        inputs.tokenizer if with_text else None,
+        Augment(**data.augment.model_dump()),
+        inputs.cache if data.cache else None,
+        exclude=inputs.excluded(stage),
+    )
+    sampling = Sampling(
+        data.global_batch_size,
+        data.sampler,
+        data.images_per_identity,
+        stage.engine.gradient_accumulation_steps,
+        stage_seed(config, index),
+    )
+    return TrainLoader(
+        samples,
+        sampling,
+        rank,
+        world_size,
+        data.workers,
+        pin_memory=pin_memory and data.workers > 0,
+    )
+
+
+def stage_seed(config: RunConfig, index: int) -> int:
+    """Seed of a stage's order, augmentation and new heads."""
+    return config.seed * 1000 + index + 1
