@@ -114,6 +114,20 @@ def test_a_later_stage_of_other_settings_is_refused_when_an_earlier_folder_was_r
         run(config)
 
 
+def test_a_benchmark_added_later_is_scored_without_training(finished, tiny_world, run_ranks, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    for stage in ("start", "pretrain", "i2i", "t2i"):
+        record = scores(copy, stage)
+        record["i2i"] = {}
+        (copy / stage / "metrics.json").write_text(json.dumps(record))
+    before = {file: file.stat().st_mtime_ns for file in copy.glob("*/export/model.safetensors")}
+    run_ranks(2, run, make_config(tiny_world, copy))
+    assert {file: file.stat().st_mtime_ns for file in copy.glob("*/export/model.safetensors")} == before
+    for stage in ("start", "pretrain", "i2i", "t2i"):
+        assert scores(copy, stage)["i2i"] == scores(finished, stage)["i2i"]
+
+
 def test_damaged_export_is_refused(finished: Path, tiny_world: Path, run_ranks, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)

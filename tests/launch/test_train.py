@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from reid_dist.config import load_config
 from reid_dist.data.reader import ShardSet
 from reid_dist.distributed import free_port
+from reid_dist.inputs import open_inputs, train_loader
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "configs/quickstart.yaml"
@@ -104,6 +106,27 @@ def test_an_image_that_does_not_decode_stops_both_ranks(tiny_world: Path, tmp_pa
     assert "shard" in line
     assert "sample" in line
     assert not (tmp_path / "run" / "pretrain" / "export").exists()
+
+
+def test_a_bad_image_of_one_rank_is_told_once_and_without_a_traceback(tiny_world: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "shards"
+    shutil.copytree(tiny_world, broken, ignore=shutil.ignore_patterns("raw"))
+    overrides = data_overrides(broken, tmp_path / "run")
+    config = load_config(
+        ROOT / RECIPE, [*overrides, f"model.architecture={ROOT / 'configs/models/row_conv_tiny.json'}"]
+    )
+    loader = train_loader(config, 0, open_inputs(config, 2), rank=1, world_size=2)
+    shards = ShardSet(broken / "generic")
+    sample = loader.step_rows(0)[-1]  # in the half of the first batch that rank 1 reads
+    entry = shards.index[loader.samples.row_N[sample]]
+    with (broken / "generic" / shards.manifest.shards[entry["shard"]].name).open("r+b") as file:
+        file.seek(int(entry["image_offset"]))
+        file.write(b"\0" * 64)
+    result = deepspeed(broken, tmp_path / "run")
+    assert result.returncode == 2, result.stderr
+    assert shards.key(int(loader.samples.row_N[sample])) in result.stderr
+    assert "Traceback" not in result.stderr
+    assert all("sample" in line or "another rank ended" in line for line in said(result))
 
 
 def test_a_recipe_trains_under_the_launcher(tiny_world: Path, tmp_path: Path) -> None:
