@@ -8,12 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-from reid_dist.config import RunConfig, dump_config, load_config
+from reid_dist.config import RunConfig
 from reid_dist.distributed import environment_rank, is_lost_peer, shutdown
 from reid_dist.engine import remove_shared_memory
 from reid_dist.errors import UserError
 from reid_dist.plan import describe
 from reid_dist.recipe import run
+from reid_dist.recipe_file import dump_config, load_config
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reid_dist.config import EngineConfig, OptimizerConfig, merge
+from reid_dist.config import EngineConfig, OptimizerConfig
 from reid_dist.distributed import local_device
 from reid_dist.errors import UserError
 from reid_dist.models.dual_encoder import MAX_LOGIT_SCALE
 from reid_dist.optim import build_optimizer, parameter_groups, set_learning_rate
+from reid_dist.recipe_file import merge
 from reid_dist.stages import Batch, Stage, StageOutput
 
 

@@ -8,13 +8,14 @@ import torch
 
 from reid_dist import distributed
 from reid_dist.checkpoint import read_export, save_export, write_json, write_text
-from reid_dist.config import ModelConfig, RunConfig, dump_config
+from reid_dist.config import ModelConfig, RunConfig
 from reid_dist.engine import Engine, prepare_environment
 from reid_dist.errors import UserError
 from reid_dist.inputs import Inputs, build_encoder, open_inputs, stage_fingerprints, stage_seed, train_loader
 from reid_dist.metrics import StageLog, say
 from reid_dist.models.dual_encoder import DualEncoder
 from reid_dist.models.weights import load_weights
+from reid_dist.recipe_file import dump_config
 from reid_dist.scoring import START, evaluate, is_scored, record_scores
 from reid_dist.stages import build_stage
 from reid_dist.trainer import train

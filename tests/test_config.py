@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reid_dist.config import I2ILoss, RunConfig, T2IStageConfig, dump_config, load_config
+from reid_dist.config import I2ILoss, RunConfig, T2IStageConfig
 from reid_dist.errors import UserError
+from reid_dist.recipe_file import dump_config, load_config
 
 RECIPE = """\
 # a comment

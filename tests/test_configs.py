@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reid_dist.config import dump_config, load_config
 from reid_dist.models.dual_encoder import build_dual_encoder
+from reid_dist.recipe_file import dump_config, load_config
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from reid_dist.config import EngineConfig, load_config
+from reid_dist.config import EngineConfig
 from reid_dist.errors import UserError
 from reid_dist.models.dual_encoder import build_dual_encoder
 from reid_dist.plan import describe, plan_stage, state_bytes
+from reid_dist.recipe_file import load_config
 from reid_dist.stages import build_stage
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reid_dist.config import load_config
+from reid_dist.recipe_file import load_config
 from shards.write import CONVERTERS
 
 ROOT = Path(__file__).parents[1]

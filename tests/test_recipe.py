@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reid_dist.config import RunConfig, load_config
+from reid_dist.config import RunConfig
 from reid_dist.errors import UserError
 from reid_dist.inputs import open_inputs
 from reid_dist.recipe import run
+from reid_dist.recipe_file import load_config
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reid_dist.checkpoint import read_export
-from reid_dist.config import RunConfig, load_config
+from reid_dist.config import RunConfig
 from reid_dist.data.reader import ShardSet
 from reid_dist.errors import UserError
 from reid_dist.evaluation.baselines import closed_form_baselines
@@ -21,6 +21,7 @@ from reid_dist.evaluation.benchmark import extract_benchmark, i2i_task, load_bas
 from reid_dist.evaluation.report import contact_sheet, ranked_rows, result_table, write_results
 from reid_dist.inputs import build_encoder, open_inputs
 from reid_dist.models.weights import load_weights
+from reid_dist.recipe_file import load_config
 from reid_dist.scoring import START, read_scores
 
 RESULTS_FILE = "results.json"

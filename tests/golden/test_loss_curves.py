@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from reid_dist.config import RunConfig, load_config
+from reid_dist.config import RunConfig
 from reid_dist.recipe import run
+from reid_dist.recipe_file import load_config
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent

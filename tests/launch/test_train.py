@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from reid_dist.config import load_config
 from reid_dist.data.reader import ShardSet
 from reid_dist.distributed import free_port
 from reid_dist.inputs import open_inputs, train_loader
+from reid_dist.recipe_file import load_config
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "configs/quickstart.yaml"
