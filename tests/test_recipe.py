@@ -185,3 +185,39 @@ def test_frozen_vision_leaves_i2i_results_bit_identical(tiny_world: Path, run_ra
 def test_wrong_input_is_found_before_any_process_group(tiny_world, tmp_path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_inputs(make_config(tiny_world, tmp_path, override), world_size=4)
+
+
+VIT = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def test_an_open_clip_vit_goes_the_whole_way(tiny_world: Path, run_ranks, tmp_path: Path) -> None:
+    """What the real recipe uses and the quickstart does not: ViT, CLIP's tokenizer, bf16, ZeRO 2, loading processes."""
+    architecture = tmp_path / "vit.json"
+    architecture.write_text(json.dumps(VIT))
+    config = make_config(
+        tiny_world,
+        tmp_path / "run",
+        f"model.architecture={architecture}",
+        "model.vocabulary=null",
+        "model.image_size=[64,32]",
+        "model.patch_stride=12",
+        "model.gradient_checkpointing=true",
+        "engine.precision=bf16",
+        "engine.zero_stage=2",
+        "engine.gradient_accumulation_steps=2",
+        "data.workers=1",
+        "data.cache=false",
+        "stages.i2i.loss.text_weight=0.5",
+        "stages.i2i.data.train=[cuhk_pedes]",
+        "stages.t2i.freeze=[visual]",
+        "max_steps=2",
+    )
+    run_ranks(2, run, config)
+    assert scores(tmp_path / "run", "t2i")["i2i"] == scores(tmp_path / "run", "i2i")["i2i"]
+    manifest = json.loads((tmp_path / "run" / "t2i" / "export" / "manifest.json").read_text())
+    assert manifest["words"] is None
+    assert "encoder.visual.conv1.weight" in manifest["frozen"]
