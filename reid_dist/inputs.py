@@ -53,17 +53,14 @@ def open_inputs(config: RunConfig, world_size: int) -> Inputs:
         check_batch(stage, world_size)
     if config.model.sync_batch_norm and not torch.cuda.is_available():
         raise UserError("model.sync_batch_norm: torch's SyncBatchNorm runs on GPUs only; remove the key")
-    shape = build_encoder(config.model, seed=None).text_shape
-    tokenizer = build_tokenizer(
-        config.model.vocabulary, config.model.architecture, shape.context_length, shape.vocab_size
-    )
     paths = {path for stage in config.stages for path in stage_paths(stage)}
     lists = {stage.data.root / stage.data.exclude for stage in config.stages if stage.data.exclude}
-    inputs = Inputs(
-        {path: ShardSet(path) for path in sorted(paths)},
-        tokenizer,
-        {path: read_exclusions(path) for path in sorted(lists)},
-    )
+    shards = {path: ShardSet(path) for path in sorted(paths)}
+    exclusions = {path: read_exclusions(path) for path in sorted(lists)}
+    model = config.model
+    shape = build_encoder(model, seed=None).text_shape
+    tokenizer = build_tokenizer(model.vocabulary, model.architecture, shape.context_length, shape.vocab_size)
+    inputs = Inputs(shards, tokenizer, exclusions)
     local_weights(config.model)
     for index, stage in enumerate(config.stages):
         if config.stage_steps(stage):

@@ -19,7 +19,11 @@ import pytest
 import torch
 
 from reid_dist import distributed
+from reid_dist.config import RunConfig
 from reid_dist.engine import prepare_environment
+from reid_dist.recipe_file import load_config
+
+ROOT = Path(__file__).parents[1]
 
 prepare_environment()
 torch.set_num_threads(1)
@@ -105,6 +109,24 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(converter, root / "raw" / name, root / name)
     write_vocabulary(count_words([ShardSet(root / "cuhk_pedes"), ShardSet(root / "generic")]), root / "vocabulary.txt")
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_world: Path) -> Callable[..., RunConfig]:
+    """`tiny_recipe(output_dir, *overrides)`: the quickstart recipe on the tiny world, in batches of 16."""
+
+    def make(output_dir: Path, *overrides: str) -> RunConfig:
+        changes = [
+            f"output_dir={output_dir}",
+            f"data.root={tiny_world}",
+            f"model.vocabulary={tiny_world / 'vocabulary.txt'}",
+            f"model.architecture={ROOT / 'configs' / 'models' / 'row_conv_tiny.json'}",
+            "data.global_batch_size=16",
+            "log_every=1",
+        ]
+        return load_config(ROOT / "configs" / "quickstart.yaml", [*changes, *overrides])
+
+    return make
 
 
 @pytest.fixture(scope="session", name="run_ranks")

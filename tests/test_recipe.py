@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,20 +19,10 @@ ROOT = Path(__file__).parents[1]
 STEPS = 3
 
 
-def make_config(tiny_world: Path, output_dir: Path, *overrides: str) -> RunConfig:
-    return load_config(
-        ROOT / "configs" / "quickstart.yaml",
-        [
-            f"output_dir={output_dir}",
-            f"data.root={tiny_world}",
-            f"model.vocabulary={tiny_world / 'vocabulary.txt'}",
-            f"model.architecture={ROOT / 'configs' / 'models' / 'row_conv_tiny.json'}",
-            f"max_steps={STEPS}",
-            "data.global_batch_size=16",
-            "log_every=1",
-            *overrides,
-        ],
-    )
+@pytest.fixture(scope="module", name="recipe")
+def short_recipe(tiny_recipe) -> Callable[..., RunConfig]:
+    """The tiny recipe with few steps in every stage."""
+    return lambda output_dir, *overrides: tiny_recipe(output_dir, f"max_steps={STEPS}", *overrides)
 
 
 def scores(output_dir: Path, stage: str) -> dict:
@@ -39,10 +30,10 @@ def scores(output_dir: Path, stage: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks) -> Path:
+def finished(recipe, tmp_path_factory: pytest.TempPathFactory, run_ranks) -> Path:
     """A run of all stages on two ranks."""
     output_dir = tmp_path_factory.mktemp("run")
-    run_ranks(2, run, make_config(tiny_world, output_dir))
+    run_ranks(2, run, recipe(output_dir))
     return output_dir
 
 
@@ -72,17 +63,17 @@ def test_text_tower_passes_through_the_i2i_stage_untouched(finished: Path) -> No
     assert not any("head" in name for name in after)
 
 
-def test_the_resolved_config_can_be_passed_back(finished: Path, tiny_world: Path) -> None:
-    assert load_config(finished / "config.yaml") == make_config(tiny_world, finished)
+def test_the_resolved_config_can_be_passed_back(finished: Path, recipe) -> None:
+    assert load_config(finished / "config.yaml") == recipe(finished)
 
 
-def test_a_finished_run_trains_nothing_again(finished: Path, tiny_world: Path, run_ranks) -> None:
+def test_a_finished_run_trains_nothing_again(finished: Path, recipe, run_ranks) -> None:
     before = {file: file.stat().st_mtime_ns for file in finished.glob("*/export/model.safetensors")}
-    run_ranks(1, run, make_config(tiny_world, finished))
+    run_ranks(1, run, recipe(finished))
     assert {file: file.stat().st_mtime_ns for file in finished.glob("*/export/model.safetensors")} == before
 
 
-def test_an_interrupted_run_continues_with_the_stage_it_was_in(finished, tiny_world, run_ranks, tmp_path) -> None:
+def test_an_interrupted_run_continues_with_the_stage_it_was_in(finished, recipe, run_ranks, tmp_path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     expected = load_file(finished / "t2i" / "export" / "model.safetensors")
@@ -90,7 +81,7 @@ def test_an_interrupted_run_continues_with_the_stage_it_was_in(finished, tiny_wo
     (copy / "t2i" / "metrics.json").unlink()
     (copy / "t2i" / "export").rename(copy / "t2i" / "export.partial")
     kept = (copy / "i2i" / "export" / "model.safetensors").stat().st_mtime_ns
-    run_ranks(2, run, make_config(tiny_world, copy))
+    run_ranks(2, run, recipe(copy))
     found = load_file(copy / "t2i" / "export" / "model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert scores(copy, "t2i")["t2i"] == scores(finished, "t2i")["t2i"]
@@ -98,24 +89,24 @@ def test_an_interrupted_run_continues_with_the_stage_it_was_in(finished, tiny_wo
     assert not (copy / "t2i" / "export.partial").exists()
 
 
-def test_other_settings_in_the_same_folder_are_refused(finished: Path, tiny_world: Path, run_ranks) -> None:
+def test_other_settings_in_the_same_folder_are_refused(finished: Path, recipe, run_ranks) -> None:
     with pytest.raises(AssertionError, match="made from other settings"):
-        run_ranks(1, run, make_config(tiny_world, finished, "optimizer.lr=5e-4"))
+        run_ranks(1, run, recipe(finished, "optimizer.lr=5e-4"))
 
 
 def test_a_later_stage_of_other_settings_is_refused_when_an_earlier_folder_was_removed(
-    finished: Path, tiny_world: Path, tmp_path: Path
+    finished: Path, recipe, tmp_path: Path
 ) -> None:
     """What was trained from the removed weights must not be taken for what the new ones would give."""
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     shutil.rmtree(copy / "i2i")
-    config = make_config(tiny_world, copy, "stages.i2i.optimizer.lr=5e-4")
+    config = recipe(copy, "stages.i2i.optimizer.lr=5e-4")
     with pytest.raises(UserError, match=r"t2i: made from other settings"):
         run(config)
 
 
-def test_a_benchmark_added_later_is_scored_without_training(finished, tiny_world, run_ranks, tmp_path: Path) -> None:
+def test_a_benchmark_added_later_is_scored_without_training(finished, recipe, run_ranks, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     for stage in ("start", "pretrain", "i2i", "t2i"):
@@ -123,13 +114,13 @@ def test_a_benchmark_added_later_is_scored_without_training(finished, tiny_world
         record["i2i"] = {}
         (copy / stage / "metrics.json").write_text(json.dumps(record))
     before = {file: file.stat().st_mtime_ns for file in copy.glob("*/export/model.safetensors")}
-    run_ranks(2, run, make_config(tiny_world, copy))
+    run_ranks(2, run, recipe(copy))
     assert {file: file.stat().st_mtime_ns for file in copy.glob("*/export/model.safetensors")} == before
     for stage in ("start", "pretrain", "i2i", "t2i"):
         assert scores(copy, stage)["i2i"] == scores(finished, stage)["i2i"]
 
 
-def test_damaged_export_is_refused(finished: Path, tiny_world: Path, run_ranks, tmp_path: Path) -> None:
+def test_damaged_export_is_refused(finished: Path, recipe, run_ranks, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     file = copy / "i2i" / "export" / "model.safetensors"
@@ -137,13 +128,13 @@ def test_damaged_export_is_refused(finished: Path, tiny_world: Path, run_ranks, 
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(AssertionError, match="does not match its hash"):
-        run_ranks(1, run, make_config(tiny_world, copy))
+        run_ranks(1, run, recipe(copy))
 
 
 @pytest.mark.parametrize("ranks, accumulation", [(1, 1), (2, 2)])
-def test_rank_count_changes_no_loss(finished, tiny_world, run_ranks, tmp_path, ranks: int, accumulation: int) -> None:
+def test_rank_count_changes_no_loss(finished, recipe, run_ranks, tmp_path, ranks: int, accumulation: int) -> None:
     """One rank has the losses of two; with accumulation micro-batches have fewer negatives, so other losses."""
-    config = make_config(tiny_world, tmp_path / "run", f"engine.gradient_accumulation_steps={accumulation}")
+    config = recipe(tmp_path / "run", f"engine.gradient_accumulation_steps={accumulation}")
     run_ranks(ranks, run, config)
     for stage in ("pretrain", "i2i", "t2i"):
         ours = [point["loss"] for point in json.loads((tmp_path / "run" / stage / "training.json").read_text())]
@@ -154,10 +145,8 @@ def test_rank_count_changes_no_loss(finished, tiny_world, run_ranks, tmp_path, r
             assert all(loss == pytest.approx(other, rel=0.6) for loss, other in zip(ours, theirs, strict=True))
 
 
-def test_a_stage_of_no_steps_hands_the_weights_on(tiny_world: Path, run_ranks, tmp_path: Path) -> None:
-    config = make_config(
-        tiny_world, tmp_path / "run", "stages.pretrain.steps=0", "stages.i2i.steps=0", "stages.t2i.steps=0"
-    )
+def test_a_stage_of_no_steps_hands_the_weights_on(recipe, run_ranks, tmp_path: Path) -> None:
+    config = recipe(tmp_path / "run", "stages.pretrain.steps=0", "stages.i2i.steps=0", "stages.t2i.steps=0")
     run_ranks(1, run, config)
     first = load_file(tmp_path / "run" / "pretrain" / "export" / "model.safetensors")
     last = load_file(tmp_path / "run" / "t2i" / "export" / "model.safetensors")
@@ -165,8 +154,8 @@ def test_a_stage_of_no_steps_hands_the_weights_on(tiny_world: Path, run_ranks, t
     assert scores(tmp_path / "run", "start")["i2i"] == scores(tmp_path / "run", "t2i")["i2i"]
 
 
-def test_frozen_vision_leaves_i2i_results_bit_identical(tiny_world: Path, run_ranks, tmp_path: Path) -> None:
-    run_ranks(2, run, make_config(tiny_world, tmp_path / "run", "stages.t2i.freeze=[visual]"))
+def test_frozen_vision_leaves_i2i_results_bit_identical(recipe, run_ranks, tmp_path: Path) -> None:
+    run_ranks(2, run, recipe(tmp_path / "run", "stages.t2i.freeze=[visual]"))
     assert scores(tmp_path / "run", "t2i")["i2i"] == scores(tmp_path / "run", "i2i")["i2i"]
     assert scores(tmp_path / "run", "t2i")["t2i"] != scores(tmp_path / "run", "i2i")["t2i"]
 
@@ -182,9 +171,9 @@ def test_frozen_vision_leaves_i2i_results_bit_identical(tiny_world: Path, run_ra
         ("model={architecture: RN50, image_size: [64, 80]}", "model.image_size: 64x80"),
     ],
 )
-def test_wrong_input_is_found_before_any_process_group(tiny_world, tmp_path, override: str, message: str) -> None:
+def test_wrong_input_is_found_before_any_process_group(recipe, tmp_path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        open_inputs(make_config(tiny_world, tmp_path, override), world_size=4)
+        open_inputs(recipe(tmp_path, override), world_size=4)
 
 
 VIT = {
@@ -194,12 +183,11 @@ VIT = {
 }
 
 
-def test_an_open_clip_vit_goes_the_whole_way(tiny_world: Path, run_ranks, tmp_path: Path) -> None:
+def test_an_open_clip_vit_goes_the_whole_way(recipe, run_ranks, tmp_path: Path) -> None:
     """What the real recipe uses and the quickstart does not: ViT, CLIP's tokenizer, bf16, ZeRO 2, loading processes."""
     architecture = tmp_path / "vit.json"
     architecture.write_text(json.dumps(VIT))
-    config = make_config(
-        tiny_world,
+    config = recipe(
         tmp_path / "run",
         f"model.architecture={architecture}",
         "model.vocabulary=null",

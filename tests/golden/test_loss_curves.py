@@ -10,37 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from reid_dist.config import RunConfig
 from reid_dist.recipe import run
-from reid_dist.recipe_file import load_config
 
-ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent
 STAGES = ("pretrain", "i2i", "t2i")
 STEPS = 20
 TOLERANCE = 2e-3
 
 
-def golden_config(tiny_world: Path, output_dir: Path) -> RunConfig:
-    return load_config(
-        ROOT / "configs" / "quickstart.yaml",
-        [
-            f"output_dir={output_dir}",
-            f"data.root={tiny_world}",
-            f"model.vocabulary={tiny_world / 'vocabulary.txt'}",
-            f"model.architecture={ROOT / 'configs' / 'models' / 'row_conv_tiny.json'}",
-            f"max_steps={STEPS}",
-            "data.global_batch_size=16",
-            "optimizer.warmup_steps=2",
-            "log_every=1",
-        ],
-    )
-
-
 @pytest.fixture(scope="module")
-def curves(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks) -> dict[str, list[float]]:
+def curves(tiny_recipe, tmp_path_factory: pytest.TempPathFactory, run_ranks) -> dict[str, list[float]]:
     output_dir = tmp_path_factory.mktemp("golden")
-    run_ranks(2, run, golden_config(tiny_world, output_dir))
+    run_ranks(2, run, tiny_recipe(output_dir, f"max_steps={STEPS}", "optimizer.warmup_steps=2"))
     return {
         stage: [point["loss"] for point in json.loads((output_dir / stage / "training.json").read_text())]
         for stage in STAGES
