@@ -53,6 +53,7 @@ def _train(config: RunConfig) -> int:
             raise
         # The rank that left has said why, or was killed; its exit code is the one that the launcher should find.
         print(f"train.py: rank {environment_rank()} stops because another rank ended", file=sys.stderr, flush=True)
+        remove_shared_memory()  # now: the launcher ends this process while it waits
         time.sleep(10)
         return 1
     finally:

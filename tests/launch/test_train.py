@@ -122,11 +122,13 @@ def test_a_bad_image_of_one_rank_is_told_once_and_without_a_traceback(tiny_world
     with (broken / "generic" / shards.manifest.shards[entry["shard"]].name).open("r+b") as file:
         file.seek(int(entry["image_offset"]))
         file.write(b"\0" * 64)
+    before = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
     result = deepspeed(broken, tmp_path / "run")
     assert result.returncode == 2, result.stderr
     assert shards.key(int(loader.samples.row_N[sample])) in result.stderr
     assert "Traceback" not in result.stderr
     assert all("sample" in line or "another rank ended" in line for line in said(result))
+    assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= before
 
 
 def test_a_recipe_trains_under_the_launcher(tiny_world: Path, tmp_path: Path) -> None:
