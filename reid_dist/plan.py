@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reid_dist.config import EngineConfig, RunConfig, StageConfig
 from reid_dist.data.sample import MANIFEST_NAME, Manifest
-from reid_dist.data.sampler import local_batch_size
 from reid_dist.distributed import environment_world_size
+from reid_dist.inputs import check_batch
 from reid_dist.models.dual_encoder import build_dual_encoder
 from reid_dist.stages import Stage, build_stage
 
@@ -62,9 +62,7 @@ def describe(config: RunConfig) -> str:
 
 def plan_stage(config: RunConfig, stage: StageConfig, world_size: int) -> StagePlan:
     """Numbers of one stage; its model is built and run without memory for any tensor."""
-    images = stage.data.images_per_identity if stage.data.sampler == "identity" else 1
-    accumulation = stage.engine.gradient_accumulation_steps
-    rows = local_batch_size(stage.data.global_batch_size, world_size, accumulation, images)
+    rows = check_batch(stage, world_size)
     model = config.model
     with torch.device("meta"):  # some of timm's constructors look at values, which fake tensors refuse
         encoder = build_dual_encoder(model.architecture, model.image_size, model.patch_stride)

@@ -65,7 +65,10 @@ def report(run: Path, oracle: Path, seconds: dict[str, int]) -> str:
         ]
         rows += [(f"after {stage['name']}, no pretrain", stage) for stage in results["without_pretrain"]]
     _contact_sheet(config, run)
-    taken = {**seconds, "report": round(time.perf_counter() - began)}
+    # A run that was interrupted and continued took what its stages took, not what was left of them.
+    staged = sum(read_scores(run, name)["seconds"] for name in (START, *(stage.name for stage in config.stages)))
+    trained = max(seconds.get("train", 0), round(staged))
+    taken = {**seconds, "train": trained, "report": round(time.perf_counter() - began)}
     results["seconds"] = {**taken, "total": sum(taken.values())}
     results["seed"] = config.seed
     results["fingerprint"] = (read_export(run / config.stages[-1].name / "export") or {}).get("fingerprint")

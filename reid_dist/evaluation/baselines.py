@@ -73,8 +73,8 @@ class BaselineData:
 def stripe_histogram(image_NHWC: Tensor) -> Tensor:
     """Colour histograms of 8 horizontal stripes: 4x4x4 RGB bins each, square-rooted, L2-normalised.
 
-    A pixel is shared between its 8 nearest bins by trilinear weights: hard bins lose a third of the
-    whitened mAP, as a small change of light moves a plain garment into another bin.
+    A pixel is shared between its 8 nearest bins by trilinear weights: with hard bins a small
+    change of light moves a plain garment into another bin, and the learner would be too weak a floor.
 
     Args:
         image_NHWC: uint8 [N, H, W, 3] with H >= 8.

@@ -117,7 +117,7 @@ class DualEncoder(nn.Module):
         return EncoderOutput(self.encode_image(image_BCHW), self.encode_text(token_BL), log_scale.exp())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the blocks of both towers in backward: less memory, about a third more time.
+        """Recomputes the blocks of both towers in backward: less memory, more time.
 
         Raises:
             UserError: a tower that would ignore it.

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from reid_dist.benchmarks.quickstart import report
+
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "runs" / "quickstart-fast"
 METRICS = {"R1", "R5", "R10", "mAP", "mINP"}
@@ -315,3 +317,16 @@ def test_running_it_again_reuses_what_is_there(fast_run: subprocess.CompletedPro
     assert again.returncode == 0
     assert time.monotonic() - began < 60
     assert {file: file.stat().st_mtime_ns for file in RUN.glob("*/export/model.safetensors")} == before
+
+
+@pytest.mark.slow
+def test_a_continued_run_counts_the_time_of_all_its_stages(fast_run: subprocess.CompletedProcess[str]) -> None:
+    """The second half of an interrupted run hands over the time of that half only."""
+    first = (RUN / "results.json").read_text()
+    staged = sum(json.loads(file.read_text())["seconds"] for file in RUN.glob("*/metrics.json"))
+    try:
+        (RUN / "results.json").unlink()
+        report(RUN, ROOT / "data" / "quickstart-fast.seed0" / "oracle.json", {"install": 0, "data": 0, "train": 1})
+        assert json.loads((RUN / "results.json").read_text())["seconds"]["train"] == round(staged) > 1
+    finally:
+        (RUN / "results.json").write_text(first)
