@@ -99,8 +99,9 @@ fi
 name=quickstart${fast:+-fast}
 data=data/$name.seed$seed result=runs/$name
 raw=$data/raw shards=$data/shards
-identities=1200 test_identities=200 pairs=16000
-if [ -n "$fast" ]; then identities=64 test_identities=24 pairs=400; fi
+# Generic pairs are streamed: every reading process of every rank needs tars of its own, so these are small.
+identities=1200 test_identities=200 pairs=16000 pair_shard_mb=1
+if [ -n "$fast" ]; then identities=64 test_identities=24 pairs=400 pair_shard_mb=.03; fi
 
 mkdir -p runs "$raw" "$shards"
 exec 8>"runs/.$name.lock"
@@ -135,7 +136,7 @@ for format in cuhk_pedes market1501; do
     run python -m shards.write "$format" --root "$raw/$format" --out "$shards/$format"
 done
 draw img2dataset --out "$raw/generic" --ids "$pairs" --person-share 0.6
-run python -m shards.write img2dataset --root "$raw/generic" --out "$shards/generic"
+run python -m shards.write img2dataset --root "$raw/generic" --out "$shards/generic" --shard-mb "$pair_shard_mb"
 run python -m shards.world vocabulary "$raw/generic" "$raw/cuhk_pedes"
 run python -m shards.world oracle "$raw/cuhk_pedes" "$raw/market1501" --json "$data/oracle.json"
 run python -m reid_dist.data.tokenizer build "$shards/cuhk_pedes" "$shards/generic" --out "$shards/vocabulary.txt"

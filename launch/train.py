@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         # Most wrong input is seen by all ranks alike, and the launcher ends all with the first: let rank 0 speak.
         if environment_rank() != 0:
-            time.sleep(3)
+            time.sleep(5)
         print(f"train.py: {error}", file=sys.stderr, flush=True)
         return 2
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reid_dist.config import ModelConfig, RunConfig, StageConfig
+from reid_dist.data.transforms import decoder_name
 from reid_dist.errors import UserError
 from reid_dist.models.weights import EXPORT_FILE, MANIFEST_FILE
 
@@ -68,6 +69,7 @@ def save_export(
         "sha256": file_sha256(partial / EXPORT_FILE),
         "model": model.model_dump(mode="json", exclude={"weights", "vocabulary"}),
         "words": words,
+        "decoder": decoder_name(),
         "versions": {name: _version(name) for name in ("torch", "deepspeed", "open_clip_torch")},
         **record,
     }

@@ -11,10 +11,14 @@ import torch
 from reid_dist.checkpoint import file_sha256, fingerprint
 from reid_dist.config import I2IStageConfig, ModelConfig, RunConfig, StageConfig
 from reid_dist.data.cache import ImageCache
-from reid_dist.data.exclude import read_exclusions
+from reid_dist.data.contamination import find_contamination
+from reid_dist.data.exclude import NOTHING, Exclusions, read_exclusions
 from reid_dist.data.loader import Sampling, TrainLoader
 from reid_dist.data.reader import ShardSet
 from reid_dist.data.sampler import local_batch_size
+from reid_dist.data.stream.loader import StreamLoader, StreamSampling
+from reid_dist.data.stream.samples import StreamSamples
+from reid_dist.data.stream.source import StreamSource
 from reid_dist.data.tokenizer import Tokenizer, WordTokenizer, build_tokenizer
 from reid_dist.data.training_samples import TrainingSamples
 from reid_dist.data.transforms import Augment
@@ -28,9 +32,10 @@ from reid_dist.models.weights import EXPORT_FILE, OPEN_CLIP_TAG
 class Inputs:
     """Everything that a run reads, opened and checked before a device or a process group is touched."""
 
-    shards: dict[Path, ShardSet]
+    shards: dict[str, ShardSet]  # by location: what is read by index, training and benchmarks
+    streams: dict[str, list[StreamSource]]  # by stage: what is streamed
     tokenizer: Tokenizer
-    exclusions: dict[Path, frozenset[str]]
+    exclusions: dict[str, Exclusions]
     cache: ImageCache = field(default_factory=ImageCache)
 
     @property
@@ -38,9 +43,9 @@ class Inputs:
         """The word list of the tokenizer; empty for an architecture's own tokenizer."""
         return self.tokenizer.words if isinstance(self.tokenizer, WordTokenizer) else []
 
-    def excluded(self, stage: StageConfig) -> frozenset[str]:
-        """Identities that a stage must not train on."""
-        return self.exclusions[stage.data.root / stage.data.exclude] if stage.data.exclude else frozenset()
+    def excluded(self, stage: StageConfig) -> Exclusions:
+        """What a stage must not train on."""
+        return self.exclusions[stage.data.location(stage.data.exclude)] if stage.data.exclude else NOTHING
 
 
 def open_inputs(config: RunConfig, world_size: int) -> Inputs:
@@ -53,21 +58,46 @@ def open_inputs(config: RunConfig, world_size: int) -> Inputs:
         check_batch(stage, world_size)
     if config.model.sync_batch_norm and not torch.cuda.is_available():
         raise UserError("model.sync_batch_norm: torch's SyncBatchNorm runs on GPUs only; remove the key")
-    paths = {path for stage in config.stages for path in stage_paths(stage)}
-    lists = {stage.data.root / stage.data.exclude for stage in config.stages if stage.data.exclude}
-    shards = {path: ShardSet(path) for path in sorted(paths)}
+    locations = {location for stage in config.stages for location in stage_locations(stage)}
+    lists = {stage.data.location(stage.data.exclude) for stage in config.stages if stage.data.exclude}
+    shards = {location: ShardSet(location) for location in sorted(locations)}
     exclusions = {path: read_exclusions(path) for path in sorted(lists)}
     model = config.model
     shape = build_encoder(model, seed=None).text_shape
     tokenizer = build_tokenizer(model.vocabulary, model.architecture, shape.context_length, shape.vocab_size)
-    inputs = Inputs(shards, tokenizer, exclusions)
+    inputs = Inputs(shards, {}, tokenizer, exclusions)
+    for stage in config.stages:
+        if stage.data.reader == "stream":
+            excluded = inputs.excluded(stage)
+            inputs.streams[stage.name] = [StreamSource(each, excluded) for each in training_locations(stage)]
     local_weights(config.model)
     for index, stage in enumerate(config.stages):
         if config.stage_steps(stage):
             train_loader(config, index, inputs, 0, world_size)
         for name in (*stage.evaluation.t2i, *stage.evaluation.i2i):
-            require_rows(inputs.shards[stage.data.root / name], stage.evaluation.split)
+            require_rows(inputs.shards[stage.data.location(name)], stage.evaluation.split)
+    _refuse_overlap(config, inputs)
     return inputs
+
+
+def _refuse_overlap(config: RunConfig, inputs: Inputs) -> None:
+    """Refuses to train on what any stage of the run is scored on; tars without an index cannot be compared."""
+    scored = [
+        stage.data.location(name) for stage in config.stages for name in (*stage.evaluation.t2i, *stage.evaluation.i2i)
+    ]
+    tested = [inputs.shards[location] for location in dict.fromkeys(scored)]
+    for stage in config.stages:
+        if stage.data.allow_overlap or not config.stage_steps(stage):
+            continue
+        if stage.data.reader == "stream":
+            trained = [source.shards for source in inputs.streams[stage.name] if source.shards is not None]
+        else:
+            trained = [inputs.shards[location] for location in training_locations(stage)]
+        problems = find_contamination(trained, tested, inputs.excluded(stage))
+        if problems:
+            raise UserError(
+                f"stages.{stage.name}: {'; '.join(problems)}; data.allow_overlap=true trains on them all the same"
+            )
 
 
 def local_weights(model: ModelConfig) -> Path | None:
@@ -85,10 +115,15 @@ def local_weights(model: ModelConfig) -> Path | None:
     return path
 
 
-def stage_paths(stage: StageConfig) -> list[Path]:
-    """Every shard set that a stage trains on or is scored on."""
-    names = [*stage.data.train, *stage.evaluation.t2i, *stage.evaluation.i2i]
-    return [stage.data.root / name for name in names]
+def training_locations(stage: StageConfig) -> list[str]:
+    """Where a stage's training sets are."""
+    return [stage.data.location(name) for name in stage.data.train]
+
+
+def stage_locations(stage: StageConfig) -> list[str]:
+    """Every set that a stage reads by index: to train on or to be scored on."""
+    scored = [stage.data.location(name) for name in (*stage.evaluation.t2i, *stage.evaluation.i2i)]
+    return scored if stage.data.reader == "stream" else training_locations(stage) + scored
 
 
 def check_batch(stage: StageConfig, world_size: int) -> int:
@@ -125,8 +160,12 @@ def stage_fingerprints(config: RunConfig, inputs: Inputs) -> list[str]:
         model.append(file_sha256(weights))
     found: list[str] = []
     for stage in config.stages:
-        sets = [inputs.shards[stage.data.root / name].manifest.model_dump_json() for name in stage.data.train]
-        parts = ("model", *model, "sets", *sets, "excluded", *sorted(inputs.excluded(stage)))
+        if stage.data.reader == "stream":
+            sets = [json.dumps(source.identity()) for source in inputs.streams[stage.name]]
+        else:
+            sets = [inputs.shards[location].manifest.model_dump_json() for location in training_locations(stage)]
+        excluded = inputs.excluded(stage)
+        parts = ("model", *model, "sets", *sets, "excluded", *sorted(excluded.pids), *sorted(excluded.images))
         data = [hashlib.sha256(part.encode()).hexdigest() for part in parts]
         found.append(fingerprint(config, stage, found[-1] if found else "", data))
     return found
@@ -134,38 +173,42 @@ def stage_fingerprints(config: RunConfig, inputs: Inputs) -> list[str]:
 
 def train_loader(
     config: RunConfig, index: int, inputs: Inputs, rank: int, world_size: int, pin_memory: bool = False
-) -> TrainLoader:
+) -> TrainLoader | StreamLoader:
     """A rank's training batches of a stage.
 
     Raises:
-        UserError: samples without the captions that the stage needs, too few identities, or a batch that does not fit.
+        UserError: samples without the captions that the stage needs, too few identities or tars, or a batch that does
+            not fit.
     """
     stage = config.stages[index]
     data = stage.data
     with_text = not isinstance(stage, I2IStageConfig) or stage.loss.text_weight > 0
+    tokenizer = inputs.tokenizer if with_text else None
+    size, augment = config.model.image_size, Augment(**data.augment.model_dump())
+    accumulation, seed = stage.engine.gradient_accumulation_steps, stage_seed(config, index)
+    reading = (rank, world_size, data.workers, pin_memory and data.workers > 0, data.max_bad_fraction)
+    if data.reader == "stream":
+        streamed = StreamSampling(
+            data.global_batch_size,
+            accumulation,
+            seed,
+            data.stream.shuffle_buffer,
+            data.stream.resampled,
+            tuple(data.weights),
+        )
+        return StreamLoader(StreamSamples(inputs.streams[stage.name], size, tokenizer, augment), streamed, *reading)
     samples = TrainingSamples(
-        [inputs.shards[data.root / name] for name in data.train],
-        config.model.image_size,
-        inputs.tokenizer if with_text else None,
-        Augment(**data.augment.model_dump()),
+        [inputs.shards[location] for location in training_locations(stage)],
+        size,
+        tokenizer,
+        augment,
         inputs.cache if data.cache else None,
         exclude=inputs.excluded(stage),
     )
     sampling = Sampling(
-        data.global_batch_size,
-        data.sampler,
-        data.images_per_identity,
-        stage.engine.gradient_accumulation_steps,
-        stage_seed(config, index),
+        data.global_batch_size, data.sampler, data.images_per_identity, accumulation, seed, tuple(data.weights)
     )
-    return TrainLoader(
-        samples,
-        sampling,
-        rank,
-        world_size,
-        data.workers,
-        pin_memory=pin_memory and data.workers > 0,
-    )
+    return TrainLoader(samples, sampling, *reading)
 
 
 def stage_seed(config: RunConfig, index: int) -> int:

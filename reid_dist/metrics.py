@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from reid_dist.distributed import mean_over_ranks, rank
+from reid_dist.distributed import mean_over_ranks, rank, world_size
 from reid_dist.errors import UserError
 
 
@@ -57,9 +57,16 @@ class StageLog:
         self._count += 1
 
     def step_done(
-        self, step: int, learning_rate: float, gradient_norm: Callable[[], float], wait_seconds: float
+        self,
+        step: int,
+        learning_rate: float,
+        gradient_norm: Callable[[], float],
+        wait_seconds: float,
+        bad_samples: int = 0,
     ) -> None:
         """Counts an optimizer step (0-based); all ranks enter, because means over ranks are a collective.
+
+        `wait_seconds` and `bad_samples` are this rank's since the stage began.
 
         Raises:
             UserError: a loss is no longer finite.
@@ -69,7 +76,8 @@ class StageLog:
         if done % self.log_every and done != self.total_steps:
             return
         keys = sorted(self._sums)
-        means = mean_over_ranks(torch.stack([self._sums[key] for key in keys]) / self._count).tolist()
+        sums = torch.stack([self._sums[key] for key in keys]) / self._count
+        *means, bad = mean_over_ranks(torch.cat([sums, sums.new_tensor([bad_samples])])).tolist()
         values = dict(zip(keys, means, strict=True))
         elapsed = time.perf_counter() - self._since
         steps = (step % self.log_every) + 1
@@ -78,6 +86,7 @@ class StageLog:
             "gradient_norm": gradient_norm(),
             "samples_per_s": steps * self.global_batch_size / elapsed,
             "data_wait_percent": 100 * (wait_seconds - self._waited) / elapsed,
+            "bad_samples": round(bad * world_size()),
             "memory_gib": _memory_gib(),
         }
         self._sums, self._count = {}, 0
@@ -96,9 +105,10 @@ class StageLog:
                 self._writer.add_scalar(f"{self.name}/{key}", value, done)
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if self._plain:
+            bad = f", {values['bad_samples']:.0f} bad samples replaced" if values["bad_samples"] else ""
             say(
                 f"{self.name} {done}/{self.total_steps}: loss {values['loss']:.4f}, lr {values['learning_rate']:.2e},"
-                f" {values['samples_per_s']:.0f} samples/s, waited for data {values['data_wait_percent']:.1f} %"
+                f" {values['samples_per_s']:.0f} samples/s, waited for data {values['data_wait_percent']:.1f} %{bad}"
             )
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """What a recipe would do, without its data: steps, samples, parameters and memory per GPU (`--dry-run`)."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -133,8 +134,8 @@ def _count_identities(stage: StageConfig) -> int:
     """Training identities from the manifests, where the shards are there already."""
     found: set[str] = set()
     for name in stage.data.train:
-        path = stage.data.root / name / MANIFEST_NAME
-        if not path.is_file():
+        path = Path(stage.data.location(name)) / MANIFEST_NAME
+        if not path.is_file():  # an address is not asked either
             return UNKNOWN_IDENTITIES
         manifest = Manifest.model_validate_json(path.read_bytes())
         found |= {f"{name}/{i}" for i in range(manifest.splits["train"].identities)}

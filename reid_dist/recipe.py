@@ -9,6 +9,8 @@ import torch
 from reid_dist import distributed
 from reid_dist.checkpoint import read_export, save_export, write_json, write_text
 from reid_dist.config import ModelConfig, RunConfig
+from reid_dist.data.loader import TrainLoader
+from reid_dist.data.stream.loader import StreamLoader
 from reid_dist.engine import Engine, prepare_environment
 from reid_dist.errors import UserError
 from reid_dist.inputs import Inputs, build_encoder, open_inputs, stage_fingerprints, stage_seed, train_loader
@@ -117,8 +119,7 @@ def _train(
     stage = build_stage(stage_config, encoder, loader.num_identities)
     engine = Engine(stage, stage_config.engine, stage_config.optimizer, loader.local_batch_size)
     say(
-        f"{stage_config.name}: {steps} steps of {stage_config.data.global_batch_size} samples from {loader.num_samples}"
-        f" ({loader.num_identities} identities, {loader.samples.excluded} samples excluded)"
+        f"{stage_config.name}: {steps} steps of {stage_config.data.global_batch_size} samples {_source_of(loader)}"
         f" on {distributed.world_size()} ranks, ZeRO {stage_config.engine.zero_stage}, {stage_config.engine.precision}"
     )
     log = StageLog(
@@ -132,6 +133,8 @@ def _train(
         train(engine, loader, stage_config.optimizer, steps, device, log)
     finally:
         log.close()
+        for message in loader.bad_samples.messages:
+            print(f"rank {distributed.rank()}: replaced: {message}", flush=True)
     trainable = sorted(name for name, p in stage.named_parameters() if p.requires_grad)
     frozen = sorted(name for name, p in stage.named_parameters() if not p.requires_grad)
     full_state = engine.full_parameters()
@@ -139,6 +142,13 @@ def _train(
     if distributed.rank() == 0:
         write_json(folder / "training.json", log.history)
     return {"full_state": full_state, "trainable": trainable, "frozen": frozen, "identities": loader.num_identities}
+
+
+def _source_of(loader: TrainLoader | StreamLoader) -> str:
+    """Says what a stage trains on."""
+    samples = "uncounted samples" if loader.num_samples is None else f"{loader.num_samples} samples"
+    parts = f"{loader.num_tars} tars" if isinstance(loader, StreamLoader) else f"{loader.num_identities} identities"
+    return f"from {samples} ({parts}, {loader.samples.excluded} samples excluded)"
 
 
 def _load(encoder: DualEncoder, weights: str | None, model: ModelConfig) -> None:

@@ -29,7 +29,7 @@ def evaluate(
     scores: Scores = {"t2i": {}, "i2i": {}}
     for task, names in (("t2i", stage.evaluation.t2i), ("i2i", stage.evaluation.i2i)):
         for name in names:
-            shards = inputs.shards[stage.data.root / name]
+            shards = inputs.shards[stage.data.location(name)]
             tokenizer = inputs.tokenizer if task == "t2i" else None
             pair = evaluate_benchmark(
                 encoder, shards, tokenizer, size, stage.evaluation.batch_size, device, stage.evaluation.split, cache

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from reid_dist.config import OptimizerConfig
+from reid_dist.data.bad_samples import BadSamples
 from reid_dist.engine import Engine
 from reid_dist.metrics import StageLog
 from reid_dist.optim import lr_factor
@@ -16,6 +17,7 @@ class Loader(Protocol):
     """What training needs of a data source."""
 
     wait_seconds: float
+    bad_samples: BadSamples
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """The micro-batches of this rank for each optimizer step."""
@@ -38,4 +40,4 @@ def train(
             updated = engine.step()
             log.add({"loss": output["loss"], **output["metrics"]})
         engine.stage.after_step(output, updated)
-        log.step_done(step, engine.learning_rate, engine.gradient_norm, loader.wait_seconds)
+        log.step_done(step, engine.learning_rate, engine.gradient_norm, loader.wait_seconds, loader.bad_samples.count)

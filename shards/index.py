@@ -1,37 +1,23 @@
-"""Writing a shard set: deterministic tars, the index that finds their samples and the manifest over both.
+"""`python -m shards.index merge DIR` ends a set whose parts were written apart; `… build DIR|URL…` indexes other tars.
 
-The same samples in the same order give the same bytes: USTAR headers without time, owner or mode of the raw file.
+ShardWriter makes a small set from samples in memory.
 """
 
-import hashlib
-import io
-import os
-import tarfile
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, get_args
 
-import numpy as np
-
-from reid_dist.data.sample import (
-    INDEX_DTYPE,
-    INDEX_NAME,
-    KEY_PATTERN,
-    MANIFEST_NAME,
-    MAX_IMAGE_BYTES,
-    MAX_JSON_BYTES,
-    ROLES,
-    SPLITS,
-    Manifest,
-    Sample,
-    ShardFile,
-    Split,
-    SplitCounts,
-)
+from reid_dist.data.sample import Manifest, Sample, Split
 from reid_dist.errors import UserError
-
-_HEADER = tarfile.BLOCKSIZE
-_MAX_TAR_NAME = 100
+from shards.indexing.build_index import BuildOptions, build_index
+from shards.workers import Interrupted, processors, signals_raise
+from shards.writing.build import merge
+from shards.writing.files import file_sha256 as file_sha256
+from shards.writing.files import write_file as write_file
+from shards.writing.merge import write_index
+from shards.writing.tar_shard import ShardPart, TarShard
 
 
 class ShardWriter:
@@ -49,13 +35,9 @@ class ShardWriter:
         self.folder = folder
         self.dataset = dataset
         self.shard_bytes = shard_bytes
-        self._shards: list[ShardFile] = []
-        self._rows: list[tuple[int, ...]] = []
-        self._identities: dict[str, int] = {}
+        self._parts: list[ShardPart] = []
         self._keys: set[str] = set()
-        self._tar: tarfile.TarFile | None = None
-        self._file: IO[bytes] | None = None
-        self._first_row = 0
+        self._shard: TarShard | None = None
 
     def add(self, key: str, sample: Sample, image: bytes) -> None:
         """Append one sample.
@@ -68,28 +50,14 @@ class ShardWriter:
         Raises:
             UserError: the key is malformed or taken, or image or record is above its cap.
         """
-        record = sample.model_dump_json().encode()
-        self._check(key, sample, image, record)
-        if self._tar is not None and self._tar.offset + len(image) + len(record) > self.shard_bytes:
+        if key in self._keys:
+            raise UserError(f"{sample.source}: sample key {key} is already taken")
+        if self._shard is not None and self._shard.size + len(image) > self.shard_bytes:
             self._close_shard()
-        if self._tar is None:
-            self._open_shard()
-        image_offset = self._append(f"{key}.jpg", image)
-        json_offset = self._append(f"{key}.json", record)
-        self._rows.append(
-            (
-                len(self._shards),
-                image_offset,
-                len(image),
-                json_offset,
-                len(record),
-                self._identities.setdefault(sample.pid, len(self._identities)),
-                sample.camid,
-                SPLITS.index(sample.split),
-                ROLES.index(sample.role),
-                len(sample.captions),
-            )
-        )
+        if self._shard is None:
+            self._shard = TarShard(self.folder / f"{self.dataset}-{len(self._parts):06d}.tar")
+        self._shard.add(key, sample, image)
+        self._keys.add(key)
 
     def finish(self, card: dict[str, Any]) -> Manifest:
         """Close the last tar, write index and manifest.
@@ -100,116 +68,68 @@ class ShardWriter:
         Raises:
             UserError: no sample was added.
         """
-        if not self._rows:
-            raise UserError(f"{self.folder}: no samples to write")
-        self._close_shard()
-        index, identities = self._sorted_index()
-        buffer = io.BytesIO()
-        np.save(buffer, index, allow_pickle=False)
-        write_file(self.folder / INDEX_NAME, lambda file: file.write(buffer.getbuffer()))
-        manifest = Manifest(
-            dataset=self.dataset,
-            shards=self._shards,
-            identities=identities,
-            splits=_count_splits(index),
-            index_sha256=hashlib.sha256(buffer.getbuffer()).hexdigest(),
-            card=card,
-        )
-        text = manifest.model_dump_json(indent=1) + "\n"
-        write_file(self.folder / MANIFEST_NAME, lambda file: file.write(text.encode()))
-        return manifest
+        if self._shard is not None:
+            self._close_shard()
+        return write_index(self.folder, self.dataset, self._parts, card)
 
     def abort(self) -> None:
-        """Let go of an open tar; what was written stays incomplete."""
-        if self._file is not None:
-            self._file.close()
-        self._file = self._tar = None
-
-    def _check(self, key: str, sample: Sample, image: bytes, record: bytes) -> None:
-        if not KEY_PATTERN.fullmatch(key) or len(key) + len(".json") > _MAX_TAR_NAME:
-            raise UserError(f"{sample.source}: {key[:200]!r} is not a sample key ([A-Za-z0-9_-], at most 95)")
-        if key in self._keys:
-            raise UserError(f"{sample.source}: sample key {key} is already taken")
-        if len(image) > MAX_IMAGE_BYTES:
-            raise UserError(f"{sample.source}: {len(image)} bytes, more than the cap of {MAX_IMAGE_BYTES}")
-        if len(record) > MAX_JSON_BYTES:
-            raise UserError(
-                f"{sample.source}: a record of {len(record)} bytes, more than the cap of {MAX_JSON_BYTES}; "
-                f"shorten its captions"
-            )
-        self._keys.add(key)
-
-    def _open_shard(self) -> None:
-        name = f"{self.dataset}-{len(self._shards):06d}.tar"
-        self._file = (self.folder / name).open("wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-
-    def _append(self, name: str, content: bytes) -> int:
-        assert self._tar is not None
-        info = tarfile.TarInfo(name)  # its defaults: mode 0644, time 0, owner 0 without name
-        info.size = len(content)
-        offset = self._tar.offset + _HEADER
-        self._tar.addfile(info, io.BytesIO(content))
-        return offset
+        """Remove an open tar; without a manifest the others are no set."""
+        if self._shard is not None:
+            self._shard.discard()
+        self._shard = None
 
     def _close_shard(self) -> None:
-        assert self._tar is not None and self._file is not None
-        path = Path(self._file.name)
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._tar = self._file = None
-        self._shards.append(
-            ShardFile(
-                name=path.name,
-                sha256=file_sha256(path),
-                bytes=path.stat().st_size,
-                samples=len(self._rows) - self._first_row,
-            )
-        )
-        self._first_row = len(self._rows)
-
-    def _sorted_index(self) -> tuple[np.ndarray[Any, Any], list[str]]:
-        """The index with identities numbered in sorted order, not in the shuffled one of the samples."""
-        index = np.array(self._rows, dtype=INDEX_DTYPE)
-        identities = sorted(self._identities)
-        place = np.empty(len(identities), dtype=np.int32)
-        place[[self._identities[pid] for pid in identities]] = np.arange(len(identities))
-        index["pid"] = place[index["pid"]]
-        return index, identities
+        assert self._shard is not None
+        self._parts.append(self._shard.finish())
+        self._shard = None
 
 
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code: 2 for wrong input, 1 for a full disk and the like, 128 + a signal."""
+    options = _parser().parse_args(arguments)
+    try:
+        with signals_raise():
+            if options.command == "merge":
+                manifest = merge(options.folder)
+                folder = options.folder
+            else:
+                folder, manifest = build_index(
+                    options.sources,
+                    BuildOptions(
+                        out=options.out,
+                        dataset=options.dataset,
+                        split=options.split,
+                        max_bad_fraction=options.max_bad_fraction,
+                        workers=options.workers,
+                    ),
+                )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as signal:
+        print("error: interrupted; run the same command again to continue", file=sys.stderr)
+        return 128 + signal.number
+    print(f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards")
+    return 0
 
 
-def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m shards.index", description="Make the index of a shard set.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("merge", help="end a set that was written with --part")
+    command.add_argument("folder", type=Path, metavar="DIR", help="the --out of python -m shards.write")
+    command = commands.add_parser("build", help="index tars of image-text pairs made by others, such as img2dataset")
+    command.add_argument("sources", nargs="+", metavar="DIR|URL", help="folder of tars, or tars; {00000..00012} counts")
+    command.add_argument("--out", type=Path, help="folder of the index (default: the folder of the tars)")
+    command.add_argument("--dataset", default="", help="name of the set (default: that of the folder)")
+    command.add_argument("--split", choices=get_args(Split), default="train", help="of all samples (default: train)")
+    command.add_argument("--max-bad-fraction", type=float, default=0.0, metavar="F", help="skip bad samples")
+    command.add_argument("--workers", type=int, default=processors(), help="processes (default: all processors)")
+    return parser
 
 
-def _count_splits(index: np.ndarray[Any, Any]) -> dict[Split, SplitCounts]:
-    people = ~np.isin(index["role"], [ROLES.index("distractor"), ROLES.index("junk")])
-    counts: dict[Split, SplitCounts] = {}
-    for number, split in enumerate(SPLITS):
-        rows = index["split"] == number
-        if rows.any():
-            cameras = np.unique(index["camid"][rows])
-            counts[split] = SplitCounts(
-                images=int(rows.sum()),
-                identities=len(np.unique(index["pid"][rows & people])),
-                captions=int(index["captions"][rows].sum()),
-                cameras=int((cameras >= 0).sum()),
-            )
-    return counts
+if __name__ == "__main__":
+    sys.exit(main())

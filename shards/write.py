@@ -1,42 +1,65 @@
 """`python -m shards.write NAME --root RAW --out DIR`: a raw data set to shards with index and manifest.
 
-The folder appears whole or not at all, and the same raw files and options give the same bytes.
+The same raw files and options give the same bytes, with any number of workers, parts and interruptions.
 """
 
 import argparse
 import difflib
-import hashlib
-import json
-import os
-import shutil
+import re
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import astuple
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pydantic import ValidationError
-from tqdm import tqdm
-
-from reid_dist.data.sample import DATASET_PATTERN, MANIFEST_NAME, MAX_IMAGE_BYTES, Manifest, Sample
+from reid_dist.data.sample import Manifest
 from reid_dist.errors import UserError
-from shards import cuhk_pedes, img2dataset, market1501
-from shards.index import ShardWriter, write_file
-from shards.jpeg import clean_image
-from shards.raw import Converter, Counts, RawSample, count_parts, sample_key
+from shards import (
+    coco,
+    csv_file,
+    cuhk03_np,
+    cuhk_pedes,
+    flickr30k,
+    folder,
+    icfg_pedes,
+    img2dataset,
+    jsonl_file,
+    luperson,
+    luperson_mllm,
+    mals,
+    market1501,
+    msmt17,
+    rstp_reid,
+    synth_pedes,
+    ufine6926,
+    webperson,
+    wit,
+)
+from shards.raw import Converter
+from shards.workers import Interrupted, processors, signals_raise
+from shards.writing.plan import ORDERS
+from shards.writing.shard_set import WriteOptions, write_set
 
 CONVERTERS: dict[str, Converter] = {
     "cuhk_pedes": cuhk_pedes,
+    "icfg_pedes": icfg_pedes,
+    "rstp_reid": rstp_reid,
+    "ufine6926": ufine6926,
     "market1501": market1501,
+    "msmt17": msmt17,
+    "cuhk03_np": cuhk03_np,
+    "luperson": luperson,
     "img2dataset": img2dataset,
+    "synth_pedes": synth_pedes,
+    "mals": mals,
+    "luperson_mllm": luperson_mllm,
+    "webperson": webperson,
+    "coco": coco,
+    "flickr30k": flickr30k,
+    "wit": wit,
+    "csv": csv_file,
+    "jsonl": jsonl_file,
+    "folder": folder,
 }
-
-# Not part of the shard contract: what the folder was made from, so that a second call can tell.
-BUILD_NAME = "build.json"
-WORLD_NAME = "world.json"
 
 
 def find_converter(name: str) -> Converter:
@@ -57,229 +80,81 @@ def find_converter(name: str) -> Converter:
     raise UserError(f"{name}: no such converter; {offer}There are: {', '.join(CONVERTERS)}")
 
 
-def write(
-    name: str,
-    root: Path,
-    out: Path,
-    dataset: str | None = None,
-    shard_bytes: int = 64_000_000,
-    seed: int = 0,
-    allow_mismatch: bool = False,
-) -> Manifest:
-    """Write a raw data set as shards, or keep those that are there when they were made from the same.
+def write(name: str, root: Path, out: Path, **options: Any) -> Manifest | None:
+    """Write a raw data set as shards, continue what was interrupted, or keep what is there.
 
     Args:
         name: one of CONVERTERS.
         root: the raw tree; only read.
-        out: folder to make; may exist when empty.
-        dataset: name of the data set in samples and identities; None is `name`.
-        shard_bytes: size above which a new tar is begun.
-        seed: of the order of samples. They are shuffled here, so that a stream reads them mixed.
-        allow_mismatch: go on when the counts are not the published ones.
+        out: folder to make, or one that an earlier call with the same options began.
+        **options: fields of WriteOptions.
+
+    Returns:
+        The manifest; None when shards of other parts are still missing.
 
     Raises:
-        UserError: wrong name, tree, counts or image, or `out` holds something else.
+        UserError: wrong name, option, tree, counts or image, or `out` holds something else.
+        OSError: a full disk, missing rights, a worker that was killed.
     """
-    converter = find_converter(name)
-    dataset = dataset or name
-    if not DATASET_PATTERN.fullmatch(dataset):
-        raise UserError(f"--dataset {dataset!r}: at most 64 of [A-Za-z0-9_-]")
-    if not root.is_dir():
-        raise UserError(f"--root {root}: no such folder; it is the unpacked raw data set")
-    if out.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"--out {out}: lies inside --root {root}, which is only read; name a folder outside")
-    build = {"converter": name, "dataset": dataset, "shard_bytes": shard_bytes, "seed": seed}
-    build["tree"] = _tree_digest(root)
-    existing = _existing(out, build)
-    if existing is not None:
-        print(f"{out}: up to date ({existing.samples} samples)")
-        return existing
-    listed = tqdm(converter.samples(root), desc=f"{name}: reading names", unit=" images", disable=None)
-    samples = list(listed)
-    card = _card(converter, root, samples, allow_mismatch)
-    # By path first: the order of a folder's listing must not decide.
-    samples.sort(key=lambda sample: sample.source)
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(samples))
-    with _folder_in_one_piece(out) as folder:
-        writer = ShardWriter(folder, dataset, shard_bytes)
-        try:
-            manifest = _write_samples(writer, [samples[i] for i in order.tolist()], dataset, card)
-        finally:
-            writer.abort()
-        text = json.dumps(build, indent=1) + "\n"
-        write_file(folder / BUILD_NAME, lambda file: file.write(text.encode()))
-    print(f"{out}: {manifest.samples} samples in {len(manifest.shards)} shards")
-    return manifest
-
-
-def _write_samples(writer: ShardWriter, samples: Sequence[RawSample], dataset: str, card: dict[str, Any]) -> Manifest:
-    taken: set[str] = set()
-    keys = {sample.source: sample_key(sample.source, taken) for sample in sorted(samples, key=lambda s: s.source)}
-    for raw in tqdm(samples, desc=f"{dataset}: writing", unit=" images", disable=None):
-        key = keys[raw.source]
-        image, width, height = clean_image(_read_image(raw.image), str(raw.image))
-        try:
-            sample = Sample(
-                dataset=dataset,
-                pid=f"{dataset}:{key if raw.pid is None else raw.pid}",
-                camid=raw.camid,
-                split=raw.split,
-                role=raw.role,
-                captions=list(raw.captions),
-                source=raw.source,
-                width=width,
-                height=height,
-                sha256=hashlib.sha256(image).hexdigest(),
-            )
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            raise UserError(f"{raw.image}: {problem['loc']}: {problem['msg']}; correct its entry") from None
-        writer.add(key, sample, image)
-    return writer.finish(card)
-
-
-def _read_image(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_IMAGE_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); restore the file or remove its entry") from None
-
-
-def _card(converter: Converter, root: Path, samples: Sequence[RawSample], allow_mismatch: bool) -> dict[str, Any]:
-    """Print found beside published counts, stop when they differ, and return the manifest's card."""
-    found = count_parts(samples, converter)
-    if not found:
-        raise UserError(f"{root}: no images found; check --root")
-    world = _world(root)
-    expected = {} if world is not None else converter.EXPECTED
-    print(_count_table(found, expected))
-    if world is not None:
-        print("published counts: do not apply, the tree was exported from the procedural world")
-        return {
-            "title": f"procedural world in the form of {converter.CARD['title']}",
-            "licence": "Apache-2.0, as the program that drew it",
-            "consent": "drawn by a program; shows no people",
-            "matches_published": None,
-            "world": world,
-        }
-    differing = [part for part in expected if not _matches(found.get(part, Counts(0, 0, 0)), expected[part])]
-    if differing and not allow_mismatch:
-        raise UserError(
-            f"{root}: counts of {', '.join(differing)} are not the published ones (table above); "
-            f"complete the data set, or pass --allow-mismatch"
-        )
-    return {**converter.CARD, "matches_published": not differing if expected else None}
-
-
-def _matches(found: Counts, expected: Counts) -> bool:
-    pairs = zip(astuple(found), astuple(expected), strict=True)
-    return all(published is None or here == published for here, published in pairs)
-
-
-def _count_table(found: dict[str, Counts], expected: dict[str, Counts]) -> str:
-    lines = [f"{'':10}{'identities':>22}{'images':>22}{'captions':>22}   (found / published)"]
-    for part in dict.fromkeys([*expected, *found]):
-        here, published = found.get(part, Counts(0, 0, 0)), expected.get(part, Counts())
-        cells = zip(astuple(here), astuple(published), strict=True)
-        text = "".join(f"{f'{a:,} / ' + ('-' if b is None else f'{b:,}'):>22}" for a, b in cells)
-        lines.append(f"{part:10}{text}")
-    return "\n".join(lines)
-
-
-def _world(root: Path) -> dict[str, Any] | None:
-    """The parameters of a procedural tree; None for a tree that is not one."""
-    path = root / WORLD_NAME
-    if not path.is_file():
-        return None
-    try:
-        world = json.loads(path.read_bytes())
-        return {"version": world["version"], "parameters": world["parameters"]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a file of the procedural world; export the tree again") from None
-
-
-def _tree_digest(root: Path) -> str:
-    """A hash over names, sizes and times of all files of the raw tree and over its own place."""
-    digest = hashlib.sha256(str(root.resolve()).encode())
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        for file in sorted(files):
-            path = os.path.join(folder, file)
-            state = os.lstat(path)
-            line = f"{os.path.relpath(path, root)}\0{state.st_size}\0{state.st_mtime_ns}\n"
-            digest.update(line.encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def _existing(out: Path, build: dict[str, Any]) -> Manifest | None:
-    """The manifest of a folder that was made from the same; None when there is nothing yet.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    remedy = "remove it or choose another --out"
-    try:
-        manifest = Manifest.model_validate_json((out / MANIFEST_NAME).read_bytes())
-        old = json.loads((out / BUILD_NAME).read_bytes())
-        whole = all((out / shard.name).stat().st_size == shard.bytes for shard in manifest.shards)
-    except (OSError, ValidationError, ValueError):
-        raise UserError(f"{out}: exists, but is not a complete shard set of this program; {remedy}") from None
-    if not whole:
-        raise UserError(f"{out}: a shard has another size than its manifest says; {remedy}")
-    differing = [key for key in build if old.get(key) != build[key]]
-    if differing:
-        what = ", ".join("raw files" if key == "tree" else key for key in differing)
-        raise UserError(f"{out}: holds shards made otherwise (differs: {what}); {remedy}")
-    return manifest
-
-
-@contextmanager
-def _folder_in_one_piece(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name when all went well and vanishes otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        folder.chmod(0o755)
-        yield folder
-        os.rename(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    return write_set(name, find_converter(name), root, out, WriteOptions(**options))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code, 2 for wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m shards.write", description="A raw data set to shards.")
-    parser.add_argument("name", help=f"converter: {', '.join(CONVERTERS)}")
-    parser.add_argument("--root", required=True, type=Path, help="folder of the raw data set; only read")
-    parser.add_argument("--out", required=True, type=Path, help="shard folder to make")
-    parser.add_argument("--dataset", help="name in samples and identities (default: the converter's)")
-    parser.add_argument("--shard-mb", type=float, default=64, help="size of a shard in megabytes")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of samples")
-    parser.add_argument("--allow-mismatch", action="store_true", help="accept other counts than the published")
-    options = parser.parse_args(arguments)
+    """Command line; returns the exit code: 2 for wrong input, 1 for a full disk and the like, 128 + a signal."""
+    options = _parser().parse_args(arguments)
     try:
-        if options.shard_mb <= 0 or options.seed < 0:
-            raise UserError("--shard-mb must be above 0 and --seed not below 0")
-        write(
-            options.name,
-            options.root,
-            options.out,
-            dataset=options.dataset,
-            shard_bytes=int(options.shard_mb * 1_000_000),
-            seed=options.seed,
-            allow_mismatch=options.allow_mismatch,
-        )
+        with signals_raise():
+            write(
+                options.name,
+                options.root,
+                options.out,
+                dataset=options.dataset,
+                variant=options.variant,
+                shard_bytes=int(options.shard_mb * 1_000_000),
+                seed=options.seed,
+                order=options.order,
+                exclude=options.exclude,
+                max_bad_fraction=options.max_bad_fraction,
+                allow_mismatch=options.allow_mismatch,
+                workers=options.workers,
+                part=options.part,
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # a full disk, missing rights
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Interrupted as signal:
+        kept = f"{options.out} keeps the finished shards; run the same command again to continue"
+        print(f"error: interrupted, {kept}", file=sys.stderr)
+        return 128 + signal.number
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m shards.write", description="A raw data set to shards.")
+    parser.add_argument("name", help=f"converter: {', '.join(CONVERTERS)}")
+    parser.add_argument("--root", required=True, type=Path, help="folder of the raw data set; only read")
+    parser.add_argument("--out", required=True, type=Path, help="shard folder to make or to continue")
+    parser.add_argument("--dataset", default="", help="name in samples and identities (default: the converter's)")
+    parser.add_argument("--variant", default="", help="of the data set, where it has several (default: the first)")
+    parser.add_argument("--workers", type=int, default=processors(), help="processes (default: all processors)")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="i/n", help="write every n-th shard only")
+    parser.add_argument("--shard-mb", type=float, default=64, help="size of a shard in megabytes (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of samples (default: 0)")
+    parser.add_argument("--order", choices=ORDERS, default="shuffled", help="identity: images of one stand together")
+    parser.add_argument("--exclude", type=Path, metavar="FILE", help="identities and images to leave out, one a line")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.0, metavar="F", help="skip images that are damaged")
+    parser.add_argument("--allow-mismatch", action="store_true", help="accept other counts than the published")
+    return parser
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: write i/n, for example 3/8")
+    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("img2dataset", "generic", 48),
     ):
         export(ExportSpec(converter, world, count, 8, 0, 6, 0.4), root / "raw" / name, 1)
-        write(converter, root / "raw" / name, root / name)
+        # A stream needs a tar for each of its readers.
+        write(converter, root / "raw" / name, root / name, shard_bytes=30_000 if name == "generic" else 64_000_000)
     write_vocabulary(count_words([ShardSet(root / "cuhk_pedes"), ShardSet(root / "generic")]), root / "vocabulary.txt")
     return root
 

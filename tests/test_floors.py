@@ -49,16 +49,19 @@ RESERVED = {
 }
 # Every file can refuse its input, those of floor 0 too; in return this one imports nothing of ours.
 FOR_ALL = "reid_dist.errors"
-# What is written must be read back: the contract of a sample, and for the comparison of sets (shards/overlap.py) the
+# What is written must be read back: the contract of a sample, and to compare sets (shards/checking/overlap.py) the
 # very pixels and exclusion lists that training will use. Not the loader or the sampler: shards know of no training.
 SHARDS_MAY_IMPORT = {
     "reid_dist.errors",
     "reid_dist.data.sample",
     "reid_dist.data.reader",
+    "reid_dist.data.remote",
+    "reid_dist.data.byte_ranges",
     "reid_dist.data.tokenizer",
     "reid_dist.data.transforms",
     "reid_dist.data.cache",
     "reid_dist.data.exclude",
+    "reid_dist.data.contamination",
 }
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
 

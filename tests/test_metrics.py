@@ -10,7 +10,7 @@ from reid_dist.distributed import rank
 from reid_dist.errors import UserError
 from reid_dist.metrics import StageLog, say, write_scalars
 
-MEASURED = {"learning_rate", "gradient_norm", "samples_per_s", "data_wait_percent", "memory_gib"}
+MEASURED = {"learning_rate", "gradient_norm", "samples_per_s", "data_wait_percent", "bad_samples", "memory_gib"}
 
 
 def make_log(folder: Path, total_steps: int = 5, log_every: int = 2) -> StageLog:

@@ -43,10 +43,26 @@ def test_command_names_what_exists(page: str, command: str, monkeypatch: pytest.
         place = rest.index("launch/train.py")
         overrides = [word for word in rest[place + 2 :] if "=" in word and not word.startswith("--") and word != "…"]
         load_config(Path(rest[place + 1]), overrides)
+    elif program == "sbatch":
+        script = next(word for word in rest if not word.startswith("-"))
+        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+        assert rest[rest.index(script) + 1] in CONVERTERS
     elif program in ("tensorboard", "pip", "git", "cd", "sudo", "apt-get"):
         pass
     else:
         pytest.fail(f"{page}: this test does not know {program!r}; teach it, or change the command")
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_every_converter_is_in_the_table_of_data_sets(name: str) -> None:
+    converter = CONVERTERS[name]
+    line = next(
+        line for line in (ROOT / "docs" / "shards.md").read_text().splitlines() if line.startswith(f"| `{name}` |")
+    )
+    assert converter.CARD["title"] in line
+    assert converter.CARD["licence"] in line
+    if len(converter.EXPECTED) > 1:
+        assert all(f"`{variant}`" in line for variant in converter.EXPECTED)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -14,6 +14,7 @@ from reid_dist.errors import UserError
 from reid_dist.inputs import open_inputs
 from reid_dist.recipe import run
 from reid_dist.recipe_file import load_config
+from shards.write import write
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3
@@ -21,8 +22,9 @@ STEPS = 3
 
 @pytest.fixture(scope="module", name="recipe")
 def short_recipe(tiny_recipe) -> Callable[..., RunConfig]:
-    """The tiny recipe with few steps in every stage."""
-    return lambda output_dir, *overrides: tiny_recipe(output_dir, f"max_steps={STEPS}", *overrides)
+    """The tiny recipe with few steps in every stage; by index throughout, so that rank counts can be compared."""
+    by_index = "stages.pretrain.data.reader=index"
+    return lambda output_dir, *overrides: tiny_recipe(output_dir, f"max_steps={STEPS}", by_index, *overrides)
 
 
 def scores(output_dir: Path, stage: str) -> dict:
@@ -53,6 +55,7 @@ def test_the_manifest_records_what_trained(finished: Path) -> None:
     manifest = json.loads((finished / "i2i" / "export" / "manifest.json").read_text())
     assert "encoder.visual.stem.weight" in manifest["trainable"]
     assert "encoder.text.token_embedding.weight" in manifest["frozen"]
+    assert "pillow" in manifest["decoder"].lower() or "simplejpeg" in manifest["decoder"]
 
 
 def test_text_tower_passes_through_the_i2i_stage_untouched(finished: Path) -> None:
@@ -209,3 +212,30 @@ def test_an_open_clip_vit_goes_the_whole_way(recipe, run_ranks, tmp_path: Path) 
     manifest = json.loads((tmp_path / "run" / "t2i" / "export" / "manifest.json").read_text())
     assert manifest["words"] is None
     assert "encoder.visual.conv1.weight" in manifest["frozen"]
+
+
+def test_a_streamed_stage_refuses_too_few_tars(recipe, tmp_path: Path) -> None:
+    config = recipe(tmp_path / "run", "stages.pretrain.data.reader=stream", "stages.pretrain.data.workers=8")
+    with pytest.raises(UserError, match=r"generic.*tars.*16"):
+        open_inputs(config, 2)
+
+
+@pytest.mark.parametrize(("stage", "reader"), [("i2i", "index"), ("pretrain", "stream")])
+def test_training_on_what_is_scored_is_refused(
+    recipe, tiny_world: Path, tmp_path: Path, stage: str, reader: str
+) -> None:
+    """A training set that holds the queries of another set's test split under names of its own."""
+    queries = sorted((tiny_world / "raw" / "market1501" / "query").iterdir())
+    (tmp_path / "raw").mkdir()
+    lines = [f"{number}.jpg,{number % 5},somebody\n" for number in range(len(queries))]
+    (tmp_path / "raw" / "own.csv").write_text("path,pid,caption\n" + "".join(lines))
+    for number, file in enumerate(queries):
+        shutil.copy(file, tmp_path / "raw" / f"{number}.jpg")
+    write("csv", tmp_path / "raw", tmp_path / "strangers", shard_bytes=20_000)
+    changes = (f"stages.{stage}.data.train=[{tmp_path / 'strangers'}]", f"stages.{stage}.data.reader={reader}")
+    found = (
+        rf"stages.{stage}: .*strangers: {len(queries)} images.*val or test split of .*market1501.*allow_overlap=true"
+    )
+    with pytest.raises(UserError, match=found):
+        open_inputs(recipe(tmp_path / "run", *changes), 1)
+    open_inputs(recipe(tmp_path / "run", *changes, f"stages.{stage}.data.allow_overlap=true"), 1)

@@ -54,7 +54,10 @@ def report(run: Path, oracle: Path, seconds: dict[str, int]) -> str:
     began = time.perf_counter()
     config = load_config(run / "config.yaml")
     baselines = _baselines(config, run, oracle)
-    stages = [{"name": stage.name, **_pair(read_scores(run, stage.name))} for stage in config.stages]
+    stages = [
+        {"name": stage.name, **_waited(run / stage.name), **_pair(read_scores(run, stage.name))}
+        for stage in config.stages
+    ]
     rows = [(LABELS.get(name, name), baselines[name]) for name in baselines]
     rows += [(f"after {stage['name']}", stage) for stage in stages]
     results: dict[str, Any] = {"commit": _commit(), "baselines": baselines, "stages": stages}
@@ -73,7 +76,20 @@ def report(run: Path, oracle: Path, seconds: dict[str, int]) -> str:
     results["seed"] = config.seed
     results["fingerprint"] = (read_export(run / config.stages[-1].name / "export") or {}).get("fingerprint")
     write_results(run / RESULTS_FILE, results | _of_the_first_time(run, results["fingerprint"]))
-    return result_table(rows)
+    waits = ", ".join(f"{s['name']} {s['data_wait_percent']} %" for s in stages if "data_wait_percent" in s)
+    return f"{result_table(rows)}\n\nTraining waited for data: {waits or 'not at all'}."
+
+
+def _waited(folder: Path) -> dict[str, float]:
+    """Share of a stage's training time that its ranks waited for data; nothing for a stage of 0 steps."""
+    try:
+        history = json.loads((folder / "training.json").read_text())
+    except OSError:
+        return {}
+    # Every point stands for as many steps, so its time is the inverse of its speed.
+    times = [1 / point["samples_per_s"] for point in history]
+    waited = sum(time * point["data_wait_percent"] for time, point in zip(times, history, strict=True))
+    return {"data_wait_percent": round(waited / sum(times), 2)}
 
 
 def _of_the_first_time(run: Path, fingerprint: str | None) -> dict[str, Any]:
@@ -89,7 +105,7 @@ def _of_the_first_time(run: Path, fingerprint: str | None) -> dict[str, Any]:
 
 def _baselines(config: RunConfig, run: Path, oracle: Path) -> dict[str, Pair]:
     stage = config.stages[-1]
-    sets = [ShardSet(stage.data.root / name) for name in (*stage.evaluation.i2i, *stage.evaluation.t2i)]
+    sets = [ShardSet(stage.data.location(name)) for name in (*stage.evaluation.i2i, *stage.evaluation.t2i)]
     if len(sets) != 2:
         raise UserError(f"{run}: the quickstart scores one i2i and one t2i set, not {len(sets)}")
     closed = closed_form_baselines(
@@ -122,7 +138,7 @@ def _contact_sheet(config: RunConfig, run: Path) -> None:
     rows = []
     for task, names in ((t2i_task, stage.evaluation.t2i), (i2i_task, stage.evaluation.i2i)):
         for name in names:
-            shards = inputs.shards[stage.data.root / name]
+            shards = inputs.shards[stage.data.location(name)]
             tokenizer = inputs.tokenizer if task is t2i_task else None
             features = extract_benchmark(encoder, shards, tokenizer, size, split=stage.evaluation.split)
             rows += ranked_rows(shards, features, task(features))

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from reid_dist.data.reader import ShardSet
-from reid_dist.data.transforms import Pixels, decode_image
+from reid_dist.data.transforms import Pixels, decode_image, decode_into
+from reid_dist.errors import UserError
 
 Size = tuple[int, int]
 
@@ -36,7 +37,7 @@ class ImageCache:
             Images, shape (rows, height, width, 3), and marks of those that are present, shape (rows,); None when they
             would not fit.
         """
-        place = (str(shards.path.resolve()), size)
+        place = (shards.location, size)
         if place not in self._tables:
             count, pixels = len(shards), size[0] * size[1] * 3
             if not count or self.bytes + count * (pixels + 1) > self.max_bytes:
@@ -86,10 +87,29 @@ class Images:
         image: Pixels = images[row]
         return image
 
+    def into(self, row: int, out_HWC: Pixels) -> None:
+        """Write the RGB image of a row to a place in a batch.
+
+        Args:
+            row: of the set.
+            out_HWC: contiguous. Shape: (height, width, 3).
+
+        Raises:
+            UserError: the image does not decode; names set, shard and sample key.
+        """
+        if self._table is not None:
+            out_HWC[...] = self(row)
+            return
+        data = self.shards.image_bytes(row)
+        try:
+            decode_into(data, out_HWC, "image")
+        except UserError:
+            decode_into(data, out_HWC, self.shards.describe(row))  # see _decode
+
     def _decode(self, row: int) -> Pixels:
         data = self.shards.image_bytes(row)
         try:
             return decode_image(data, self.size, "image")
-        except Exception:
+        except UserError:
             # Decoded once more for the message: the name costs a read that only a bad image should pay.
             return decode_image(data, self.size, self.shards.describe(row))

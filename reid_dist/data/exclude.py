@@ -1,44 +1,97 @@
-"""Lists of identities that must not be trained on: people of a test split, or people who asked to be left out."""
+"""Lists of what must not be trained on: people or images of a test split, or people who asked to be left out."""
 
 import os
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from reid_dist.data.reader import Rows, ShardSet
 from reid_dist.data.sample import DATASET_PATTERN
 from reid_dist.errors import UserError
 
 # A raw id that holds white space would not be told from two entries on a line.
 EXCLUDABLE = re.compile(rf"{DATASET_PATTERN.pattern}:\S+")
+IMAGE_PREFIX = "sha256:"
+
+_HEX = re.compile(r"[0-9a-fA-F]{64}")
+_COMMAND = "python -m shards.verify --overlap DIR... --out"
 
 
-def read_exclusions(path: str | os.PathLike[str]) -> frozenset[str]:
-    """The identities of an exclusion list: one pid ("dataset:raw id") a line, `#` comments, blank lines.
+@dataclass(frozen=True)
+class Exclusions:
+    """What is left out.
+
+    Attributes:
+        pids: identities, "dataset:raw id".
+        images: hex sha256 of stored images.
+    """
+
+    pids: frozenset[str] = frozenset()
+    images: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.pids or self.images)
+
+    def keeps(self, shards: ShardSet, rows: Rows) -> Rows:
+        """Those of some rows that are not excluded, in their order.
+
+        Args:
+            shards: the set that the rows belong to.
+            rows: row numbers. Shape: (N,).
+
+        Returns:
+            Row numbers, at most N. Images are known by the first 8 bytes of their hash, as the index keeps them.
+        """
+        kept = np.ones(len(rows), dtype=bool)
+        if self.pids:
+            dropped = np.array([pid in self.pids for pid in shards.identities], dtype=bool)
+            kept &= ~dropped[shards.index["pid"][rows]]
+        if self.images:
+            kept &= ~np.isin(shards.index["image_digest"][rows], self._digests)
+        return rows[kept]
+
+    @cached_property
+    def _digests(self) -> npt.NDArray[np.uint64]:
+        beginnings = (bytes.fromhex(image)[:8] for image in sorted(self.images))
+        return np.array([int.from_bytes(beginning, "little") for beginning in beginnings], dtype=np.uint64)
+
+
+NOTHING = Exclusions()
+
+
+def read_exclusions(path: str | os.PathLike[str]) -> Exclusions:
+    """An exclusion list: an identity ("dataset:raw id") or an image ("sha256:" and 64 hex digits) a line.
 
     Args:
-        path: UTF-8 text file, as `python -m shards.overlap` writes it.
-
-    Returns:
-        Pid strings as they stand in samples and manifests; empty when the list holds comments only.
+        path: UTF-8 text file, as `python -m shards.verify --overlap` writes it; `#` comments and blank lines are
+            passed over.
 
     Raises:
         UserError: the file cannot be read, or a line is something else.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(
-            f"{path}: the list of excluded identities cannot be read ({reason}); "
-            f"write it with `python -m shards.overlap --train DIR... --eval DIR... --out {os.fspath(path)}`"
+            f"{path}: the exclusion list cannot be read ({reason}); write it with `{_COMMAND} {os.fspath(path)}`"
         ) from None
-    pids = set()
+    pids, images = set(), set()
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):
             continue
-        if not EXCLUDABLE.fullmatch(line):
+        prefix, _, image = line.partition(IMAGE_PREFIX)
+        if not prefix and _HEX.fullmatch(image):
+            images.add(image.lower())
+        elif prefix and EXCLUDABLE.fullmatch(line):
+            pids.add(line)
+        else:
             raise UserError(
-                f'{path}: line {number} "{line[:60]}" is not an identity; write one "dataset:raw id" a line, '
-                f"without spaces, and start comments with #"
+                f'{path}: line {number} "{line[:60]}" is neither an identity nor an image; write one '
+                f'"dataset:raw id" or "sha256:<64 hex digits>" a line, without spaces, and start comments with #'
             )
-        pids.add(line)
-    return frozenset(pids)
+    return Exclusions(frozenset(pids), frozenset(images))

@@ -1,23 +1,31 @@
 """Batches of tensors: for training in an order that depends on (seed, epoch, step) alone, and for evaluation.
 
-Legend: B rows of one rank's micro-batch, G global batch, A micro-batches of a step, N training samples.
+Legend: B rows of one rank's micro-batch, G global batch, A micro-batches of a step, N training samples, S shard sets.
 """
 
+import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from reid_dist.data.bad_samples import BadSamples
+from reid_dist.data.batch_memory import BatchMemory
 from reid_dist.data.cache import ImageCache, Images, Size
 from reid_dist.data.reader import ShardSet
-from reid_dist.data.sampler import epoch_plan, identity_plan, local_batch_size, micro_batches, occurrences
+from reid_dist.data.sampler import Plan, local_batch_size, micro_batches, occurrences
 from reid_dist.data.tokenizer import Tokenizer
 from reid_dist.data.training_samples import Batch, BatchTask, IntArray, TrainingSamples
+from reid_dist.data.units import Identities, Samples, Units
 from reid_dist.errors import UserError
+
+# Tasks that each worker has in advance.
+_PREFETCH = 2
 
 
 @dataclass(frozen=True)
@@ -26,12 +34,14 @@ class Sampling:
 
     Attributes:
         kind: "epoch" takes each sample once per epoch; "identity" takes each identity once per epoch, with `images`
-            images of it.
+            images of it, of different cameras where it has such.
         global_batch_size: G, samples of one optimizer step over all ranks and micro-batches; for "identity" a
             multiple of `images`.
         images: images of one identity in a batch; only for "identity".
         accumulation: A, micro-batches of one optimizer step.
         seed: of the order, the augmentations and the choice of captions.
+        weights: share of each shard set in every step, each with epochs of its own; they need not sum to 1. Empty:
+            all sets together are gone through once per epoch, so each has the share of its size.
     """
 
     global_batch_size: int
@@ -39,6 +49,7 @@ class Sampling:
     images: int = 4
     accumulation: int = 1
     seed: int = 0
+    weights: tuple[float, ...] = ()
 
     @property
     def group(self) -> int:
@@ -46,17 +57,40 @@ class Sampling:
         return self.images if self.kind == "identity" else 1
 
 
-class _Worker(Dataset[Batch | str]):
-    """What a worker process runs; a UserError travels as text, as torch would bury it in a traceback."""
+class _Made(NamedTuple):
+    """A micro-batch on its way out of a worker.
 
-    def __init__(self, samples: TrainingSamples) -> None:
+    Where the images have a place in the shared memory they stay there, and the rest goes through the pipe as arrays:
+    tensors would each be sent as a file descriptor, which costs the receiver as much as a few images.
+    """
+
+    batch: dict[str, torch.Tensor | IntArray]
+    bad: list[str]
+    place: int
+
+
+class _Worker(Dataset["_Made | str"]):
+    """What makes the batches, in a worker process or in this one.
+
+    A UserError travels as text, as torch would bury it in a traceback.
+    """
+
+    def __init__(self, samples: TrainingSamples, replace: bool, memory: BatchMemory) -> None:
         self._samples = samples
+        self._replace = replace
+        self._memory = memory
 
-    def __getitem__(self, task: BatchTask) -> Batch | str:
+    def __getitem__(self, task: BatchTask) -> "_Made | str":
+        bad: list[str] = []
+        out_BHWC = self._memory.array(task.place, len(task.sample_id_B))
         try:
-            return self._samples.batch(task)
+            batch = self._samples.batch(task, out_BHWC, bad if self._replace else None)
         except UserError as error:
             return str(error)
+        if out_BHWC is None:
+            return _Made({**batch}, bad, -1)
+        del batch["image_BCHW"]
+        return _Made({name: value.numpy() for name, value in batch.items()}, bad, task.place)
 
 
 class TrainLoader:
@@ -65,14 +99,18 @@ class TrainLoader:
     The order, the augmentations and the choice of captions are pure functions of (seed, epoch, step) and of the place
     in the global batch: another world size, accumulation or number of workers, or a resumed run, sees the same.
 
+    A sample that cannot be read ends the run, unless `max_bad_fraction` allows some: then another one takes its place
+    (the next of the epoch's order; another image of the same identity where identities are drawn), the same one
+    whatever the world size, and all ranks still make the same steps.
+
     Attributes:
         samples: the numbered training samples.
         num_samples: N.
         identities: pid strings; `pid_B` points into them.
         num_identities: their number.
-        steps_per_epoch: optimizer steps of one pass.
         local_batch_size: B.
         wait_seconds: time spent waiting for batches, summed up since the loader was made.
+        bad_samples: count and names of the samples of this rank that could not be read.
 
     Args:
         samples: what to read.
@@ -81,9 +119,11 @@ class TrainLoader:
         world_size: number of ranks.
         workers: reading processes; 0 reads in this one.
         pin_memory: page-locked batches for faster copies to a GPU; only with workers.
+        max_bad_fraction: share of the samples of this rank that may be bad, see `BadSamples`.
 
     Raises:
-        UserError: the global batch cannot be shared, or there are too few identities for it.
+        UserError: the global batch cannot be shared, the weights do not fit the sets, or there are too few identities
+            for a batch.
     """
 
     def __init__(
@@ -94,6 +134,7 @@ class TrainLoader:
         world_size: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
+        max_bad_fraction: float = 0.0,
     ) -> None:
         self.samples = samples
         self.sampling = sampling
@@ -108,27 +149,28 @@ class TrainLoader:
             sampling.global_batch_size, world_size, sampling.accumulation, sampling.group
         )
         self.wait_seconds = 0.0
-        self._plan = self._make_plan(0)
-        self._plan_epoch = 0
-        self.steps_per_epoch = len(self._plan)
+        self.bad_samples = BadSamples(max_bad_fraction)
+        self._plan = Plan(
+            _units(samples, sampling),
+            sampling.global_batch_size,
+            sampling.seed,
+            sampling.weights,
+            spares=max_bad_fraction > 0,
+        )
 
-    def epoch(self, step: int) -> int:
-        """The epoch that a global step belongs to."""
-        return step // self.steps_per_epoch
+    def passes(self, step: int) -> list[float]:
+        """Epochs that the steps before `step` make: of each set where they are weighted, otherwise of all together."""
+        return self._plan.passes(step)
 
     def step_rows(self, step: int) -> IntArray:
         """Sample numbers of the whole global batch of a step. Shape: (G,)."""
-        epoch = self.epoch(step)
-        if epoch != self._plan_epoch:
-            self._plan, self._plan_epoch = self._make_plan(epoch), epoch
-        row_G: IntArray = self._plan[step % self.steps_per_epoch]
-        return row_G
+        return self._plan.step(step).sample_G
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """For each optimizer step in [start, stop): the A micro-batches of this rank.
 
         Raises:
-            UserError: an image does not decode.
+            UserError: more samples are bad than allowed, or a worker process was killed.
         """
         batches = self._batches(start, stop)
         for _ in range(start, stop):
@@ -137,50 +179,88 @@ class TrainLoader:
             self.wait_seconds += time.perf_counter() - began
             yield step
 
-    def _make_plan(self, epoch: int) -> IntArray:
+    def _tasks(self, start: int, stop: int, memory: BatchMemory) -> Iterator[BatchTask]:
         sampling = self.sampling
-        if sampling.kind == "identity":
-            identities = sampling.global_batch_size // sampling.images
-            return identity_plan(self.samples.pid_N, identities, sampling.images, sampling.seed, epoch)
-        return epoch_plan(self.num_samples, sampling.global_batch_size, sampling.seed, epoch)
-
-    def _tasks(self, start: int, stop: int) -> Iterator[BatchTask]:
-        sampling = self.sampling
+        places = micro_batches(
+            np.arange(sampling.global_batch_size), self.rank, self.world_size, sampling.accumulation, sampling.group
+        )
         for step in range(start, stop):
-            row_G = self.step_rows(step)
-            repeat_G = occurrences(row_G)
-            places = micro_batches(
-                np.arange(len(row_G)), self.rank, self.world_size, sampling.accumulation, sampling.group
-            )
+            rows = self._plan.step(step)
+            repeat_G = occurrences(rows.sample_G)
             for place_B in places:
-                yield BatchTask(sampling.seed, self.epoch(step), row_G[place_B], repeat_G[place_B])
+                yield BatchTask(
+                    sampling.seed,
+                    rows.epoch_G[place_B],
+                    rows.sample_G[place_B],
+                    repeat_G[place_B],
+                    rows.spare_GR[place_B],
+                    memory.take(),
+                )
 
     def _batches(self, start: int, stop: int) -> Iterator[Batch]:
-        if self.workers == 0:
-            for task in self._tasks(start, stop):
-                yield self.samples.batch(task)
-            return
-        for batch in self._data_loader(start, stop):
-            if isinstance(batch, str):
-                raise UserError(batch)
+        # Torch's own thread copies batches that are to be page-locked; it knows nothing of our places.
+        shared = self.workers > 0 and not self.pin_memory
+        # As many as torch asks for in advance, and what a consumer holds while it waits for the next step.
+        places = _PREFETCH * self.workers + 2 * self.sampling.accumulation + 1 if shared else 0
+        memory = BatchMemory(places, self.local_batch_size, self.samples.image_size)
+        worker = _Worker(self.samples, self.bad_samples.max_fraction > 0, memory)
+        tasks = self._tasks(start, stop, memory)
+        for made in self._from_workers(worker, tasks) if self.workers else map(worker.__getitem__, tasks):
+            if isinstance(made, str):
+                raise UserError(made)
+            batch = {name: torch.as_tensor(value) for name, value in made.batch.items()}
+            if made.place >= 0:
+                batch["image_BCHW"] = memory.tensor(made.place, self.local_batch_size).permute(0, 3, 1, 2)
+            self.bad_samples.add(self.local_batch_size, made.bad)
             yield batch
 
-    def _data_loader(self, start: int, stop: int) -> "DataLoader[Batch | str]":
-        return DataLoader(
-            _Worker(self.samples),
+    def _from_workers(self, worker: _Worker, tasks: Iterator[BatchTask]) -> "Iterator[_Made | str]":
+        loader: DataLoader[_Made | str] = DataLoader(
+            worker,
             batch_size=None,  # a worker makes whole micro-batches
-            sampler=self._tasks(start, stop),
+            sampler=tasks,
             num_workers=self.workers,
+            prefetch_factor=_PREFETCH,
             collate_fn=_unchanged,
             pin_memory=self.pin_memory,
             # Its own generator: torch would otherwise draw the workers' seed from the global one, and the
             # model's random numbers would depend on the number of loaders started.
             generator=torch.Generator(),
         )
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"data.workers: a process that reads training samples ended ({' '.join(str(error).split())}); the "
+                f"machine may be out of memory: use fewer workers or a smaller batch, and start again"
+            ) from error
 
 
-def _unchanged(batch: Any) -> Any:
-    return batch
+def _units(samples: TrainingSamples, sampling: Sampling) -> list[Units]:
+    """What the plan orders: all sets as one, or each by itself where they are weighted."""
+    counts = samples.counts if sampling.weights else [len(samples)]
+    if sampling.weights:
+        if len(sampling.weights) != len(counts) or not all(w > 0 and math.isfinite(w) for w in sampling.weights):
+            raise UserError(
+                f"data.weights: {list(sampling.weights)} for {len(counts)} shard sets; give one number above 0 for each"
+            )
+        for shards, count in zip(samples.shards, counts, strict=True):
+            if not count:
+                raise UserError(f"data.weights: {shards.location} has no training samples; leave the set out")
+    units: list[Units] = []
+    for stop, count in zip(itertools.accumulate(counts), counts, strict=True):
+        rows = slice(stop - count, stop)
+        if sampling.kind == "identity":
+            units.append(Identities(samples.pid_N[rows], samples.camid_N[rows], sampling.images, rows.start))
+        else:
+            units.append(Samples(count, rows.start))
+    return units
+
+
+def _unchanged(made: Any) -> Any:
+    return made
 
 
 def eval_batches(

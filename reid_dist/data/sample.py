@@ -1,9 +1,11 @@
 """The shard contract: what one sample, the row that finds it and the manifest of a shard set look like.
 
 A shard set is a folder of tars with adjacent `<key>.jpg` and `<key>.json` entries, `index.npy` (one INDEX_DTYPE row
-per sample, in tar order) and `manifest.json`. Writers and readers meet in this file only.
+per sample, in tar order) and `manifest.json`. Tars of other software, which hold no record of ours, get theirs in
+`records.jsonl` beside the index. Writers and readers meet in this file only.
 """
 
+import hashlib
 import re
 from typing import Any, Literal, get_args
 
@@ -18,6 +20,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,100}")
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
+RECORDS_NAME = "records.jsonl"
 DATASET_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # Caps that a hostile or broken file must not pass; writers and readers share them.
@@ -26,7 +29,8 @@ MAX_JSON_BYTES = 64 * 1024
 MAX_PIXELS = 4_000_000
 
 # Offsets are those of the content inside the tar, so that one pread returns the bytes. `split` and `role` are
-# positions in SPLITS and ROLES; `pid` is a position in the manifest's identities.
+# positions in SPLITS and ROLES; `pid` is a position in the manifest's identities. The digests are those of the
+# contents, see `content_digest`: a flipped bit is found when a sample is read, and equal images without reading any.
 INDEX_DTYPE = np.dtype(
     [
         ("shard", "<i4"),
@@ -34,6 +38,8 @@ INDEX_DTYPE = np.dtype(
         ("image_size", "<i4"),
         ("json_offset", "<i8"),
         ("json_size", "<i4"),
+        ("image_digest", "<u8"),
+        ("json_digest", "<u8"),
         ("pid", "<i4"),
         ("camid", "<i4"),
         ("split", "i1"),
@@ -41,6 +47,11 @@ INDEX_DTYPE = np.dtype(
         ("captions", "<i4"),
     ]
 )
+
+
+def content_digest(data: bytes) -> int:
+    """What the index keeps of a content: the first 8 bytes of its sha256 as a little-endian number."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
 class Sample(BaseModel):
@@ -82,14 +93,24 @@ class Sample(BaseModel):
 
 
 class ShardFile(BaseModel):
-    """One tar of a set: name inside the folder, sha256 (hex), size in bytes, number of samples."""
+    """One tar of a set.
+
+    Attributes:
+        name: of the file, inside the folder unless `location` says otherwise.
+        sha256: hex digest of the tar.
+        bytes: its size.
+        samples: number of samples.
+        location: where a tar of other software lies, an absolute path or an https, http or s3 URL; empty: inside the
+            folder.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,100}\.tar$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,150}\.tar$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
     samples: int = Field(ge=0)
+    location: str = ""
 
 
 class SplitCounts(BaseModel):
@@ -106,7 +127,8 @@ class SplitCounts(BaseModel):
 class Manifest(BaseModel):
     """`manifest.json`: the shards with their hashes, the identities in index order, counts and a card.
 
-    `index_sha256` ties `index.npy` to this manifest; empty (a set made by other software) leaves that unchecked.
+    `index_sha256` ties `index.npy` to this manifest; empty (a set made by other software) leaves that unchecked. Where
+    `records_sha256` is set, JSON offsets are those inside `records.jsonl` and not inside the tars.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -117,6 +139,7 @@ class Manifest(BaseModel):
     identities: list[str]
     splits: dict[Split, SplitCounts]
     index_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    records_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     card: dict[str, Any] = {}
 
     @property

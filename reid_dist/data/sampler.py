@@ -1,83 +1,258 @@
-"""Plans: which samples make up each optimizer step, as pure functions of (seed, epoch).
+"""Plans: which samples make up each optimizer step, as pure functions of (seed, step).
 
 A plan is one global order, the same on every rank and at every world size; a rank takes its slice of a step, so the
 position in training is (seed, epoch, step) and nothing has to be stored or gathered.
 
-Legend: N samples, G global batch, W world size, A accumulation, B = G / (W * A) rows of one rank's micro-batch,
-P identities of a step, K images of an identity.
+A set is gone through in passes (epochs) without end: all its units in a seeded order, then all of them in another one.
+Steps take units from this stream one after the other, so nothing is dropped, and a step that meets the end of a pass
+goes on with the beginning of the next. The units are samples, or identities with K images each.
+
+Legend: N units of a set, U units of a step, K samples of a unit, G = U * K global batch, W world size, A accumulation,
+B = G / (W * A) rows of one rank's micro-batch, R spare samples, S sets.
 """
 
+import bisect
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
-import numpy.typing as npt
 
+from reid_dist.data.units import IntArray, RawArray, Units, places_in_runs
 from reid_dist.errors import UserError
-
-IntArray = npt.NDArray[np.int64]
 
 # Third word of the key, so that plans never share random numbers with augmentations (transforms.sample_rng).
 _PLAN_STREAM = 0x504C414E
+# Spare samples of each row, where a plan is asked for them: even if half of a set is bad, 16 in a row are rare.
+SPARES = 16
+# Products of unit counts and numerators stay below 2**63 for 10**12 units.
+_FINEST_SHARE = 1_000_000
 
 
-def epoch_plan(count: int, global_batch_size: int, seed: int, epoch: int) -> IntArray:
-    """One pass over all samples in a seeded order, cut into equal steps.
+@dataclass(frozen=True)
+class Step:
+    """One global batch.
 
-    Each sample appears at most once; the remainder (fewer than G samples, other ones in each epoch) is dropped. When
-    there are fewer samples than one batch takes, the order wraps around, so samples repeat and there is one step.
+    Attributes:
+        sample_G: sample numbers; the K rows of an identity are adjacent. Shape: (G,).
+        epoch_G: the pass that each row belongs to. Shape: (G,).
+        spare_GR: what replaces a row whose sample cannot be read, best first; it may hold the sample itself. R is 0
+            unless the plan was asked for it. Shape: (G, R).
+    """
+
+    sample_G: IntArray
+    epoch_G: IntArray
+    spare_GR: IntArray
+
+
+class Mix:
+    """Which set each unit of the global order is from: the whole numbers nearest to the shares, spread evenly.
+
+    Set 0 is told from the rest by rounding its share of all units so far, set 1 from the rest of that rest, and so on:
+    exact in the long run, never further off than half a unit for each set, and known for any step without the steps
+    before it. Neighbouring units are of different sets, so micro-batches and ranks see the mix too.
 
     Args:
-        count: N, number of samples.
-        global_batch_size: G.
-        seed: not negative.
-        epoch: not negative.
-
-    Returns:
-        Sample numbers. Shape: (steps, G) with steps = max(1, N // G).
-
-    Raises:
-        UserError: there are no samples.
+        weights: of each set, above 0; they need not sum to 1. Shares are taken as fractions with denominators of up
+            to a million.
+        units: U.
     """
-    if count < 1:
-        raise UserError("data: the training set has no samples; check data.root and the split")
-    order = np.argsort(_random(seed, epoch, count), kind="stable")
-    steps = max(1, count // global_batch_size)
-    return np.resize(order, (steps, global_batch_size)).astype(np.int64)
+
+    def __init__(self, weights: Sequence[float], units: int) -> None:
+        self._units = units
+        exact = [Fraction(str(weight)) for weight in weights]
+        shares = [weight / sum(exact[place:]) for place, weight in enumerate(exact)]
+        self._shares = [share.limit_denominator(_FINEST_SHARE) for share in shares[:-1]]
+
+    def counts(self, units: IntArray) -> list[IntArray]:
+        """How many of the first `units` units are from each set. Any shape; length: S."""
+        found, rest = [], units
+        for share in self._shares:
+            of_set = (2 * rest * share.numerator + share.denominator) // (2 * share.denominator)
+            found.append(of_set)
+            rest = rest - of_set
+        return [*found, rest]
+
+    def taken(self, number: int, step: int) -> int:
+        """How many units of a set the steps before `step` take."""
+        return int(self.counts(np.array([step * self._units]))[number][0])
+
+    def owners(self, step: int) -> IntArray:
+        """The set of each unit of a step. Shape: (U,)."""
+        unit = np.arange(step * self._units, (step + 1) * self._units + 1)
+        of_set: IntArray = np.argmax([np.diff(count) for count in self.counts(unit)], axis=0).astype(np.int64)
+        return of_set
+
+    def most(self) -> list[int]:
+        """The most units of each set that a step can take. Length: S."""
+        found, rest = [], Fraction(self._units)
+        for share in self._shares:
+            found.append(math.ceil(rest * share))
+            rest = Fraction(math.ceil(rest * (1 - share)))
+        return [*found, int(rest)]
+
+    def seam(self, number: int, position: int) -> tuple[int, int]:
+        """Where the step that takes a unit of a set begins and ends: units before it, and from it on."""
+        beyond = 1
+        while self.taken(number, beyond) <= position:
+            beyond *= 2
+        step = bisect.bisect_right(range(beyond), position, key=lambda each: self.taken(number, each))
+        return position - self.taken(number, step - 1), self.taken(number, step) - position
 
 
-def identity_plan(pid_N: IntArray, identities: int, images: int, seed: int, epoch: int) -> IntArray:
-    """One pass over all identities, P identities with K images each per step.
-
-    Each identity appears at most once per pass; the remainder (fewer than P identities) is dropped. The K images of
-    an identity are distinct where it has that many, otherwise each is repeated as evenly as possible.
+class Passes:
+    """The endless stream of a set's units, pass after pass.
 
     Args:
-        pid_N: identity number of each sample. Shape: (N,).
-        identities: P.
-        images: K.
-        seed: not negative.
-        epoch: not negative.
+        units: the set.
+        random: raw random numbers of a pass: (epoch, how many to skip, how many).
+        seam: of a pass's first unit, see `Mix.seam`.
+        most: the most units that a step takes of this set.
+    """
 
-    Returns:
-        Sample numbers, the K rows of an identity adjacent. Shape: (steps, P * K).
+    def __init__(
+        self,
+        units: Units,
+        random: Callable[[int, int, int], RawArray],
+        seam: Callable[[int], tuple[int, int]],
+        most: int,
+    ) -> None:
+        self.units = units
+        self._random = random
+        self._seam = seam
+        self._most = most
+        self._kept: dict[int, tuple[IntArray, RawArray]] = {}
+
+    def take(self, start: int, stop: int, spares: int) -> tuple[IntArray, IntArray, IntArray]:
+        """Units [start, stop) of the stream: samples (U, K), passes (U,) and spares (U, K, R)."""
+        images, count = self.units.images, len(self.units)
+        parts = [(np.empty((0, images), np.int64), np.empty(0, np.int64), np.empty((0, images, spares), np.int64))]
+        while start < stop:
+            epoch, place = divmod(start, count)
+            length = min(stop - start, count - place)
+            parts.append(self._slice(epoch, np.arange(place, place + length), spares))
+            start += length
+        sample, passes, spare = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return sample, passes, spare
+
+    def _slice(self, epoch: int, place_U: IntArray, spares: int) -> tuple[IntArray, IntArray, IntArray]:
+        order_N, random_N = self._pass(epoch)
+        unit_U = order_N[place_U]
+        sample_UK = self.units.rows(unit_U, random_N)
+        spare_UKR = np.empty((*sample_UK.shape, 0), dtype=np.int64)
+        if spares:
+            following = spares - self.units.own_spares
+            next_UR = order_N[(place_U[:, None] + np.arange(1, following + 1)) % len(order_N)]
+            next_URK = self.units.rows(next_UR.reshape(-1), random_N).reshape(*next_UR.shape, -1)
+            own_UKR = self.units.others(unit_U, random_N)
+            spare_UKR = np.concatenate([own_UKR, next_URK.transpose(0, 2, 1)], axis=2)
+        return sample_UK, np.full(len(unit_U), epoch), spare_UKR
+
+    def _pass(self, epoch: int) -> tuple[IntArray, RawArray]:
+        """The units of a pass in order, and the random numbers that order the images of each."""
+        if epoch not in self._kept:
+            first = epoch
+            if self._chained:
+                while first and first - 1 not in self._kept and self._seam(first * len(self.units))[0]:
+                    first -= 1
+            for each in range(first, epoch + 1):
+                made = self._order(each), self._random(each, 0, self.units.draws)
+                self._kept = {old: self._kept[old] for old in self._kept if old == each - 1}
+                self._kept[each] = made
+        return self._kept[epoch]
+
+    @property
+    def _chained(self) -> bool:
+        """Whether the beginning of a pass, which depends on the pass before, reaches into the end of the pass."""
+        return self._most <= len(self.units) < 2 * self._most
+
+    def _order(self, epoch: int) -> IntArray:
+        """The seeded order of a pass, changed so that no step across its beginning takes a unit twice."""
+        count = len(self.units)
+        order_N = np.argsort(self._keys(epoch), kind="stable")
+        if not epoch or count < self._most:
+            return order_N
+        before, after = self._seam(epoch * count)
+        if before:
+            head = order_N[: before + after]
+            taken = np.isin(head, self._tail(epoch - 1, before))
+            chosen = np.flatnonzero(~taken)[:after]
+            order_N[: before + after] = np.concatenate([head[chosen], np.delete(head, chosen)])
+        return order_N
+
+    def _tail(self, epoch: int, length: int) -> IntArray:
+        """The last units of a pass, in any order."""
+        count = len(self.units)
+        if epoch in self._kept:
+            return self._kept[epoch][0][count - length :]
+        return np.argpartition(self._keys(epoch), count - length)[count - length :]
+
+    def _keys(self, epoch: int) -> RawArray:
+        return self._random(epoch, self.units.draws, len(self.units))
+
+
+class Plan:
+    """The global batches of a run.
+
+    Args:
+        sets: what to draw from; all with the same K.
+        global_batch_size: G, a multiple of K.
+        seed: not negative.
+        weights: of each set; empty only for a single set.
+        spares: whether to name spare samples, SPARES for each row.
 
     Raises:
-        UserError: there are fewer than P identities.
+        UserError: a set is empty, or holds fewer identities than a step takes of it.
     """
-    random = _random(seed, epoch, 2 * len(pid_N))
-    # Random order inside groups of equal identity: one sort instead of one permutation per identity.
-    grouped = np.lexsort((random[: len(pid_N)], pid_N))
-    present, first, size = np.unique(pid_N[grouped], return_index=True, return_counts=True)
-    if len(present) < identities:
-        raise UserError(
-            f"data: a batch takes {identities} identities, but the training set has {len(present)}; "
-            f"lower data.global_batch_size or raise the images per identity"
+
+    def __init__(
+        self,
+        sets: Sequence[Units],
+        global_batch_size: int,
+        seed: int,
+        weights: Sequence[float] = (),
+        spares: bool = False,
+    ) -> None:
+        self._images = sets[0].images
+        self._units = global_batch_size // self._images
+        self._spares = SPARES if spares else 0
+        self._mix = Mix(weights or [1.0], self._units)
+        self.most = self._mix.most()
+        self._passes = [
+            Passes(units, _raw(seed, number), _seams(self._mix, number), most)
+            for number, (units, most) in enumerate(zip(sets, self.most, strict=True))
+        ]
+        self._check()
+
+    def step(self, step: int) -> Step:
+        """The samples of a step, in the order in which ranks and micro-batches slice them."""
+        owner_U = self._mix.owners(step)
+        sample_UK = np.empty((self._units, self._images), dtype=np.int64)
+        epoch_U = np.empty(self._units, dtype=np.int64)
+        spare_UKR = np.empty((self._units, self._images, self._spares), dtype=np.int64)
+        for number, passes in enumerate(self._passes):
+            mine = owner_U == number
+            start, stop = self._mix.taken(number, step), self._mix.taken(number, step + 1)
+            sample_UK[mine], epoch_U[mine], spare_UKR[mine] = passes.take(start, stop, self._spares)
+        return Step(
+            sample_UK.reshape(-1), np.repeat(epoch_U, self._images), spare_UKR.reshape(sample_UK.size, self._spares)
         )
-    steps = len(present) // identities
-    order = np.argsort(random[len(pid_N) :][: len(present)], kind="stable")
-    chosen = order[: steps * identities]
-    position = first[chosen, None] + np.arange(images) % size[chosen, None]
-    return grouped[position].reshape(steps, identities * images).astype(np.int64)
+
+    def passes(self, step: int) -> list[float]:
+        """How often the steps before `step` go through each set."""
+        return [self._mix.taken(number, step) / len(each.units) for number, each in enumerate(self._passes)]
+
+    def _check(self) -> None:
+        for number, (each, most) in enumerate(zip(self._passes, self.most, strict=True)):
+            place = f"set {number + 1} of the mix" if len(self._passes) > 1 else "the training set"
+            if not len(each.units):
+                raise UserError(f"data: {place} has no samples; check data.root and the split")
+            if each.units.distinct and len(each.units) < most:
+                raise UserError(
+                    f"data: a batch takes {most} identities, but {place} has {len(each.units)}; "
+                    f"lower data.global_batch_size or raise the images per identity"
+                )
 
 
 def local_batch_size(global_batch_size: int, world_size: int, accumulation: int = 1, images: int = 1) -> int:
@@ -142,15 +317,22 @@ def occurrences(plan_row_G: IntArray) -> IntArray:
         Shape: (G,).
     """
     order = np.argsort(plan_row_G, kind="stable")
-    ordered = plan_row_G[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    lengths = np.diff(np.r_[starts, len(ordered)])
     result = np.empty(len(plan_row_G), dtype=np.int64)
-    result[order] = np.arange(len(ordered)) - np.repeat(starts, lengths)
+    result[order] = places_in_runs(plan_row_G[order])
     return result
 
 
-def _random(seed: int, epoch: int, count: int) -> npt.NDArray[np.uint64]:
-    """Raw 64-bit draws: numpy keeps these the same in all versions, unlike Generator.permutation."""
-    raw = np.random.PCG64(np.random.SeedSequence([seed, epoch, _PLAN_STREAM])).random_raw(count)
-    return np.asarray(raw, dtype=np.uint64)
+def _raw(seed: int, number: int) -> Callable[[int, int, int], RawArray]:
+    """The random numbers of a set's passes; those of set 0 do not depend on whether there are others."""
+
+    def random(epoch: int, skip: int, count: int) -> RawArray:
+        # Raw 64-bit draws: numpy keeps these the same in all versions, unlike Generator.permutation.
+        words = [seed, epoch, _PLAN_STREAM, *([number] if number else [])]
+        source = np.random.PCG64(np.random.SeedSequence(words)).advance(skip)
+        return np.asarray(source.random_raw(count), dtype=np.uint64)
+
+    return random
+
+
+def _seams(mix: Mix, number: int) -> Callable[[int], tuple[int, int]]:
+    return lambda position: mix.seam(number, position)

@@ -2,6 +2,8 @@
 
 `python -m reid_dist.data.tokenizer build SHARDS... --out vocabulary.txt` makes the word list from training captions.
 
+`mask_words` hides words of a sentence for masked language modelling.
+
 Legend: N sentences, L context length.
 """
 
@@ -15,12 +17,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from reid_dist.data.reader import ShardSet
 from reid_dist.errors import UserError
 
 PAD, UNKNOWN, START, FIRST_WORD = 0, 1, 2, 3
+# What torch's cross entropy leaves out.
+NO_LABEL = -100
+
+IntArray = npt.NDArray[np.int64]
 
 _WORD = re.compile(r"[a-z0-9]+")
 
@@ -31,10 +39,14 @@ class Tokenizer(Protocol):
     Attributes:
         context_length: L.
         vocab_size: ids are below it.
+        mask_id: stands for a hidden word, see `mask_words`; -1 when words cannot be hidden.
+        word_ids: first id and one after the last that belong to words, from which a wrong one is drawn.
     """
 
     context_length: int
     vocab_size: int
+    mask_id: int
+    word_ids: tuple[int, int]
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Token ids, int64, 0 after the end. Shape: (N, L)."""
@@ -42,12 +54,16 @@ class Tokenizer(Protocol):
     def truncated_share(self, texts: Sequence[str]) -> float:
         """Share of the sentences (0 to 1) that lose words to the context length."""
 
+    def word_numbers(self, token_L: IntArray) -> IntArray:
+        """Which word each token belongs to, ascending numbers; -1: none that may be hidden. Shape: (L,)."""
+
 
 class WordTokenizer:
     """Lower-case words of a fixed list.
 
     Ids: 0 pad, 1 unknown word, 2 start, 3... the words in file order, vocab_size - 1 end of text: the greatest id, so
     that open_clip's argmax pooling finds it. A sentence that is too long keeps its first words and the end token.
+    The unknown word also is the mask: a word that is hidden and one that is not in the list look alike to the model.
 
     Args:
         words: the vocabulary, without repetitions.
@@ -71,6 +87,8 @@ class WordTokenizer:
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.end = vocab_size - 1
+        self.mask_id = UNKNOWN
+        self.word_ids = (FIRST_WORD, FIRST_WORD + len(words))
         self._ids = {word: FIRST_WORD + position for position, word in enumerate(words)}
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
@@ -81,6 +99,11 @@ class WordTokenizer:
         """Share of the sentences (0 to 1) with more than L - 2 words."""
         long = sum(len(split_words(text)) > self.context_length - 2 for text in texts)
         return long / max(1, len(texts))
+
+    def word_numbers(self, token_L: IntArray) -> IntArray:
+        """A number for each word of the list, -1 for all other tokens. Shape: (L,)."""
+        known_L = (token_L >= self.word_ids[0]) & (token_L < self.word_ids[1])
+        return np.where(known_L, np.cumsum(known_L) - 1, -1)
 
     def unknown_share(self, texts: Sequence[str]) -> float:
         """Share of the words (0 to 1) that are not in the list."""
@@ -122,6 +145,14 @@ class OpenClipTokenizer:
             )
         self.context_length = context_length
         self.vocab_size = vocab_size
+        self.mask_id, self.word_ids = -1, (0, 0)
+        self._last_piece: npt.NDArray[np.bool_] | None = None
+        if isinstance(self._tokenizer, open_clip.SimpleTokenizer):
+            # IRRA takes the last id before start and end for its mask; the word under it ("jekyll") is given up.
+            self.mask_id = int(self._tokenizer.sot_token_id) - 1
+            self.word_ids = (1, self.mask_id)
+            pieces = self._tokenizer.decoder
+            self._last_piece = np.array([pieces[number].endswith("</w>") for number in range(own)])
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Token ids, int64. Shape: (N, L)."""
@@ -133,6 +164,59 @@ class OpenClipTokenizer:
         # One place more than L: a sentence that reaches it would have been cut.
         longer: torch.Tensor = self._tokenizer(list(texts), context_length=self.context_length + 1)
         return float((longer[:, -1] != 0).float().mean()) if len(texts) else 0.0
+
+    def word_numbers(self, token_L: IntArray) -> IntArray:
+        """A number for the pieces of each word, -1 for start, end, padding and the mask. Shape: (L,)."""
+        assert self._last_piece is not None
+        number_L = np.full(len(token_L), -1, dtype=np.int64)
+        end = int(token_L.argmax())
+        inner = token_L[1:end]
+        number_L[1:end] = np.cumsum(self._last_piece[inner]) - self._last_piece[inner]
+        number_L[token_L == self.mask_id] = -1
+        return number_L
+
+
+def mask_words(
+    tokenizer: Tokenizer, token_L: IntArray, rng: np.random.Generator, share: float = 0.15
+) -> tuple[IntArray, IntArray]:
+    """Hide whole words of a sentence, to be found again (IRRA, methods.md card A4, there by single tokens).
+
+    Each word is chosen with probability `share`, and at least one is. Of the chosen, 80 % become the mask token, 10 %
+    random tokens, 10 % stay; all tokens of a word share its fate. Start, end, padding and words that the tokenizer
+    does not know are never chosen.
+
+    Args:
+        tokenizer: made the tokens.
+        token_L: not changed. Shape: (L,).
+        rng: see `transforms.sample_rng`; the same number of draws is made for every sentence.
+        share: of the words, 0 to 1.
+
+    Returns:
+        The tokens, and the labels: the old token where a word was chosen, NO_LABEL elsewhere (everywhere for a
+        sentence without words). Both of shape (L,).
+
+    Raises:
+        UserError: the tokenizer has no mask token.
+    """
+    if tokenizer.mask_id < 0:
+        raise UserError("this model's tokenizer has no mask token; give a vocabulary file or leave word masking off")
+    number_L = tokenizer.word_numbers(token_L)
+    draw_2L = rng.random((2, len(token_L)))
+    low, high = tokenizer.word_ids
+    wrong_L = rng.integers(low, max(high, low + 1), len(token_L))
+    words, first = np.unique(number_L, return_index=True)
+    words, first = words[words >= 0], first[words >= 0]
+    masked_L, label_L = token_L.copy(), np.full_like(token_L, NO_LABEL)
+    if not len(words):
+        return masked_L, label_L
+    chosen_L = np.isin(number_L, words[draw_2L[0, first] < max(share, draw_2L[0, first].min() + 1e-12)])
+    label_L[chosen_L] = token_L[chosen_L]
+    # The fate of a word is the draw at its first token.
+    fate_L = draw_2L[1, first][np.searchsorted(words, np.maximum(number_L, words[0]))]
+    masked_L[chosen_L & (fate_L < 0.8)] = tokenizer.mask_id
+    random_L = chosen_L & (fate_L >= 0.8) & (fate_L < 0.9)
+    masked_L[random_L] = wrong_L[random_L]
+    return masked_L, label_L
 
 
 def build_tokenizer(

@@ -1,24 +1,34 @@
 """The training samples of one or several shard sets, and how a micro-batch is made of them.
 
-Legend: B rows of a micro-batch, N training samples, L tokens, C channels, H height, W width.
+Legend: B rows of a micro-batch, N training samples, R spare samples, L tokens, C channels, H height, W width.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from reid_dist.data.batch_memory import image_buffer
 from reid_dist.data.cache import ImageCache, Images, Size
+from reid_dist.data.exclude import NOTHING, Exclusions
 from reid_dist.data.reader import ShardSet
-from reid_dist.data.tokenizer import Tokenizer
-from reid_dist.data.transforms import Augment, sample_rng
+from reid_dist.data.tokenizer import NO_LABEL, Tokenizer, mask_words
+from reid_dist.data.transforms import Augment, Pixels, sample_rng
 from reid_dist.errors import UserError
 
-# image_BCHW uint8, token_BL int64, pid_B, camid_B and sample_id_B int64.
+# image_BCHW uint8 (any strides), token_BL, pid_B, camid_B and sample_id_B int64; masked_token_BL and masked_label_BL
+# int64 where words are masked.
 Batch = dict[str, torch.Tensor]
 IntArray = npt.NDArray[np.int64]
+
+# Streams of a sample's random numbers: 2 * repetition for its augmentation, one more for its caption, and these for its
+# masked words. A spare adds a number of the sample that it stands for, so that two of them never look the same.
+_MASK_STREAM = 1 << 32
+_SPARE_STREAM = 1 << 33
 
 
 @dataclass(frozen=True)
@@ -27,15 +37,28 @@ class BatchTask:
 
     Attributes:
         seed: of the run's data.
-        epoch: with the seed and the sample number it decides augmentation and caption.
+        epoch_B: of each row; with the seed and the sample number it decides augmentation and caption. Shape: (B,).
         sample_id_B: sample numbers. Shape: (B,).
         occurrence_B: how often each came before in its step, see `sampler.occurrences`. Shape: (B,).
+        spare_BR: what may stand for a sample that cannot be read, see `sampler.Step`. Shape: (B, R).
+        place: in the memory that the loader shares with its workers; -1 is none.
     """
 
     seed: int
-    epoch: int
+    epoch_B: IntArray
     sample_id_B: IntArray
     occurrence_B: IntArray
+    spare_BR: IntArray = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
+    place: int = -1
+
+
+class _Arrays(NamedTuple):
+    """A micro-batch while it is made."""
+
+    image_BHWC: Pixels
+    token_BL: IntArray
+    masked_token_BL: IntArray | None
+    masked_label_BL: IntArray | None
 
 
 class TrainingSamples:
@@ -46,6 +69,7 @@ class TrainingSamples:
     Attributes:
         excluded: number of samples left out because of `exclude`.
         identities: pid strings; `pid_N` points into them.
+        counts: number of samples of each set; they stand one set after the other.
         set_N: which of the sets each sample is from. Shape: (N,).
         row_N: its row there. Shape: (N,).
         pid_N: its identity. Shape: (N,).
@@ -58,10 +82,11 @@ class TrainingSamples:
         augment: None leaves images as they are.
         cache: keeps decoded images and tokens.
         allow_uncaptioned: with a tokenizer, samples without captions get a row of zeros instead of being refused.
-        exclude: pid strings whose samples are left out, see `exclude.read_exclusions`; others do no harm.
+        exclude: identities and images that are left out; those of other sets do no harm.
+        mask_probability: share of the words of a caption that are masked for the model to guess; 0 is none.
 
     Raises:
-        UserError: no training rows, missing captions, or two sets that share pid strings.
+        UserError: no training rows, missing captions, no mask token, or two sets that share pid strings.
     """
 
     def __init__(
@@ -72,113 +97,189 @@ class TrainingSamples:
         augment: Augment | None = None,
         cache: ImageCache | None = None,
         allow_uncaptioned: bool = False,
-        exclude: Collection[str] = frozenset(),
+        exclude: Exclusions = NOTHING,
+        mask_probability: float = 0.0,
     ) -> None:
         if augment is not None and augment.pad >= min(image_size):
             raise UserError(f"augmentation: pad {augment.pad} is not smaller than the image, {image_size}")
+        if mask_probability and (tokenizer is None or tokenizer.mask_id < 0):
+            raise UserError(
+                "masking of words: this stage has no captions, or its tokenizer no mask token; give a vocabulary file "
+                "or leave masking off"
+            )
         self.shards = list(shards)
         self.image_size = image_size
         self.tokenizer = tokenizer
-        self.augment = augment
+        # An augmentation that changes nothing would still cost its random numbers, 8 µs an image.
+        self.augment = None if augment == Augment(flip=0.0) else augment
+        self.mask_probability = mask_probability
         self.images = [Images(each, image_size, cache) for each in self.shards]
         self._tokens: dict[int, npt.NDArray[np.int32]] | None = {} if cache is not None else None
-        self._number(self._training_rows(frozenset(exclude)))
+        self._number(self._training_rows(exclude))
         if tokenizer is not None and not allow_uncaptioned:
             self._require_captions()
 
     def __len__(self) -> int:
         return len(self.row_N)
 
-    def batch(self, task: BatchTask) -> Batch:
+    def batch(self, task: BatchTask, out_BHWC: Pixels | None = None, bad: list[str] | None = None) -> Batch:
         """Make one micro-batch.
 
+        Args:
+            task: what to make.
+            out_BHWC: memory for the images, which the result is a view of. Shape: (B, H, W, C).
+            bad: one line is added for each sample that cannot be read, and a spare one takes its place; None stops at
+                the first.
+
         Raises:
-            UserError: an image does not decode, or a record is damaged.
+            UserError: an image does not decode or a record is damaged, and there is nothing in its place.
         """
-        height, width = self.image_size
-        count = len(task.sample_id_B)
-        length = self.tokenizer.context_length if self.tokenizer is not None else 1
-        image_BCHW = np.empty((count, 3, height, width), dtype=np.uint8)
-        token_BL = np.zeros((count, length), dtype=np.int64)
-        pairs = zip(task.sample_id_B.tolist(), task.occurrence_B.tolist(), strict=True)
-        for position, (sample_id, repeat) in enumerate(pairs):
-            # Streams 0 and 1 of a sample are its augmentation and its caption, 2 and 3 those of a repetition.
-            pixels = self.images[int(self.set_N[sample_id])](int(self.row_N[sample_id]))
-            if self.augment is not None:
-                pixels = self.augment(pixels, sample_rng(task.seed, task.epoch, sample_id, 2 * repeat))
-            image_BCHW[position] = pixels.transpose(2, 0, 1)
-            if self.tokenizer is not None:
-                rows = self._token_rows(sample_id)
-                if len(rows) > 1:
-                    chosen = sample_rng(task.seed, task.epoch, sample_id, 2 * repeat + 1).integers(len(rows))
-                    token_BL[position] = rows[chosen]
-                elif len(rows):
-                    token_BL[position] = rows[0]
-        return {
-            "image_BCHW": torch.from_numpy(image_BCHW),
-            "token_BL": torch.from_numpy(token_BL),
-            "pid_B": torch.from_numpy(self.pid_N[task.sample_id_B]),
-            "camid_B": torch.from_numpy(self.camid_N[task.sample_id_B]),
-            "sample_id_B": torch.from_numpy(task.sample_id_B),
+        # Kept as a tensor: torch sends the memory that it made itself to another process without copying it.
+        image_BHWC = (
+            torch.from_numpy(out_BHWC) if out_BHWC is not None else image_buffer(len(task.sample_id_B), self.image_size)
+        )
+        arrays = self._arrays(image_BHWC.numpy())
+        sample_id_B, known = task.sample_id_B.copy(), set[int]()
+        rows = zip(task.epoch_B.tolist(), task.sample_id_B.tolist(), task.occurrence_B.tolist(), strict=True)
+        for place, (epoch, sample_id, repeat) in enumerate(rows):
+            try:
+                self._fill(arrays, place, (task.seed, epoch, sample_id), 2 * repeat)
+            except UserError as error:
+                if bad is None:
+                    raise
+                bad.append(str(error))
+                known.add(sample_id)
+                sample_id_B[place] = self._replace(arrays, place, task, known, str(error))
+        batch = {
+            "image_BCHW": image_BHWC.permute(0, 3, 1, 2),
+            "token_BL": torch.from_numpy(arrays.token_BL),
+            "pid_B": torch.from_numpy(self.pid_N[sample_id_B]),
+            "camid_B": torch.from_numpy(self.camid_N[sample_id_B]),
+            "sample_id_B": torch.from_numpy(sample_id_B),
         }
+        if arrays.masked_token_BL is not None and arrays.masked_label_BL is not None:
+            batch["masked_token_BL"] = torch.from_numpy(arrays.masked_token_BL)
+            batch["masked_label_BL"] = torch.from_numpy(arrays.masked_label_BL)
+        return batch
+
+    def _arrays(self, image_BHWC: Pixels) -> _Arrays:
+        shape = len(image_BHWC), self.tokenizer.context_length if self.tokenizer is not None else 1
+        token_BL = np.zeros(shape, dtype=np.int64)
+        if not self.mask_probability:
+            return _Arrays(image_BHWC, token_BL, None, None)
+        return _Arrays(image_BHWC, token_BL, token_BL.copy(), np.full(shape, NO_LABEL))
+
+    def _fill(self, arrays: _Arrays, place: int, key: tuple[int, int, int], stream: int) -> None:
+        """Make one row of a batch; the key, (seed, epoch, sample number), and the stream decide all that is random."""
+        sample_id = key[2]
+        images, row = self.images[self.set_N[sample_id]], int(self.row_N[sample_id])
+        out_HWC = arrays.image_BHWC[place]
+        if self.augment is None:
+            images.into(row, out_HWC)
+        elif images.cached:
+            out_HWC[...] = self.augment(images(row), sample_rng(*key, stream))
+        else:
+            images.into(row, out_HWC)
+            changed = self.augment(out_HWC, sample_rng(*key, stream))
+            if changed is not out_HWC:
+                out_HWC[...] = changed
+        if self.tokenizer is None:
+            return
+        # From here on only what can be read is written: nothing of a bad sample stays in its row.
+        token_L = self._caption(key, stream + 1)
+        if token_L is None:
+            return
+        arrays.token_BL[place] = token_L
+        if arrays.masked_token_BL is not None and arrays.masked_label_BL is not None:
+            rng = sample_rng(*key, stream + _MASK_STREAM)
+            masked = mask_words(self.tokenizer, arrays.token_BL[place], rng, self.mask_probability)
+            arrays.masked_token_BL[place], arrays.masked_label_BL[place] = masked
+
+    def _replace(self, arrays: _Arrays, place: int, task: BatchTask, known: set[int], reason: str) -> int:
+        """Fill a row with the first spare sample that is not bad as well; returns its number.
+
+        Args:
+            arrays: the batch.
+            place: the row.
+            task: names the spares.
+            known: bad samples of this batch; more may be added.
+            reason: what is wrong with the row's own sample.
+        """
+        epoch, spares = int(task.epoch_B[place]), task.spare_BR[place].tolist()
+        stream = 2 * int(task.occurrence_B[place]) + (int(task.sample_id_B[place]) + 1) * _SPARE_STREAM
+        for spare in spares:
+            if spare in known:
+                continue
+            try:
+                self._fill(arrays, place, (task.seed, epoch, spare), stream)
+                return int(spare)
+            except UserError:
+                known.add(spare)
+        raise UserError(f"{reason}; {len(spares)} samples that could stand for it are bad as well")
 
     def captions(self, sample_id: int) -> list[str]:
         """The captions of one sample."""
         record = self.shards[int(self.set_N[sample_id])].sample(int(self.row_N[sample_id]))
         return record.captions
 
-    def _token_rows(self, sample_id: int) -> npt.NDArray[np.int32]:
-        """Tokens of every caption of a sample, kept when there is a cache. Shape: (captions, L)."""
-        assert self.tokenizer is not None
-        if self._tokens is not None and sample_id in self._tokens:
-            return self._tokens[sample_id]
-        captions = self.captions(sample_id)
-        length = self.tokenizer.context_length
-        rows = self.tokenizer(captions).numpy().astype(np.int32) if captions else np.empty((0, length), np.int32)
-        if self._tokens is not None:
-            self._tokens[sample_id] = rows
-        return rows
+    def _caption(self, key: tuple[int, int, int], stream: int) -> IntArray | None:
+        """Tokens of one caption of a sample, drawn where it has several; None where it has none. Shape: (L,)."""
+        if self._tokens is None:
+            captions = self.captions(key[2])
+            return self._tokenize([captions[_choice(len(captions), key, stream)]])[0] if captions else None
+        row_CL = self._tokens.get(key[2])
+        if row_CL is None:
+            row_CL = self._tokens[key[2]] = self._tokenize(self.captions(key[2])).astype(np.int32)
+        token_L: IntArray | None = row_CL[_choice(len(row_CL), key, stream)] if len(row_CL) else None
+        return token_L
 
-    def _training_rows(self, exclude: frozenset[str]) -> list[IntArray]:
+    def _tokenize(self, captions: Sequence[str]) -> IntArray:
+        """Shape: (captions, L)."""
+        assert self.tokenizer is not None
+        tokens: IntArray = self.tokenizer(captions).numpy() if captions else np.empty((0, 0), dtype=np.int64)
+        return tokens
+
+    def _training_rows(self, exclude: Exclusions) -> list[IntArray]:
         """The rows of each set that are trained on."""
         rows = [each.rows("train", ["train"]) for each in self.shards]
-        names = ", ".join(str(each.path) for each in self.shards) or "no shard set"
+        names = ", ".join(each.location for each in self.shards) or "no shard set"
         if not sum(map(len, rows)):
             raise UserError(f"data: {names}: no training samples (split train, role train)")
-        kept = [_without(exclude, each, row) for each, row in zip(self.shards, rows, strict=True)]
+        kept = [exclude.keeps(each, row) for each, row in zip(self.shards, rows, strict=True)]
         self.excluded = sum(map(len, rows)) - sum(map(len, kept))
         if not sum(map(len, kept)):
             raise UserError(
-                f"data: {names}: all {self.excluded} training samples are of excluded identities; "
+                f"data: {names}: all {self.excluded} training samples are excluded; "
                 f"shorten the list of exclusions or train on another set"
             )
         return kept
 
     def _number(self, rows: list[IntArray]) -> None:
         """Concatenate the training rows and number identities and cameras."""
-        used = [
-            [each.identities[pid] for pid in np.unique(each.index["pid"][row])]
-            for each, row in zip(self.shards, rows, strict=True)
-        ]
-        self.identities = sorted({pid for pids in used for pid in pids})
-        if sum(map(len, used)) != len(self.identities):
-            names = ", ".join(str(each.path) for each in self.shards)
+        used = [np.unique(each.index["pid"][row]) for each, row in zip(self.shards, rows, strict=True)]
+        pids = [each.identities[pid] for each, own in zip(self.shards, used, strict=True) for pid in own.tolist()]
+        order = sorted(range(len(pids)), key=pids.__getitem__)
+        self.identities = [pids[place] for place in order]
+        if any(one == other for one, other in itertools.pairwise(self.identities)):
+            names = ", ".join(each.location for each in self.shards)
             raise UserError(
                 f"data: {names}: two of the sets hold the same identities; leave one out or write it again "
                 f"with `--dataset ANOTHER_NAME`"
             )
-        number = {pid: position for position, pid in enumerate(self.identities)}
-        pids, camids, camera_base = [], [], 0
-        for each, row in zip(self.shards, rows, strict=True):
-            lookup = np.array([number.get(pid, -1) for pid in each.identities], dtype=np.int64)
-            pids.append(lookup[each.index["pid"][row]])
+        numbers = np.empty(len(pids), dtype=np.int64)
+        numbers[order] = np.arange(len(pids))
+        pid_N, camid_N, pid_base, camera_base = [], [], 0, 0
+        for each, own, row in zip(self.shards, used, rows, strict=True):
+            pid_N.append(numbers[pid_base + np.searchsorted(own, each.index["pid"][row])])
             camid = each.index["camid"][row].astype(np.int64)
-            camids.append(np.where(camid < 0, -1, camid + camera_base))
+            camid_N.append(np.where(camid < 0, -1, camid + camera_base))
+            pid_base += len(own)
             camera_base += int(camid.max(initial=-1)) + 1
+        self.counts = [len(row) for row in rows]
         self.row_N: IntArray = np.concatenate(rows)
-        self.set_N: IntArray = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-        self.pid_N: IntArray = np.concatenate(pids)
-        self.camid_N: IntArray = np.concatenate(camids)
+        self.set_N: IntArray = np.repeat(np.arange(len(rows)), self.counts)
+        self.pid_N: IntArray = np.concatenate(pid_N)
+        self.camid_N: IntArray = np.concatenate(camid_N)
 
     def _require_captions(self) -> None:
         for position, each in enumerate(self.shards):
@@ -186,13 +287,11 @@ class TrainingSamples:
             missing = row[each.index["captions"][row] == 0]
             if len(missing):
                 raise UserError(
-                    f"{each.path}: {len(missing)} of {len(row)} training samples have no caption, the "
+                    f"{each.location}: {len(missing)} of {len(row)} training samples have no caption, the "
                     f"first is {each.key(int(missing[0]))}; this stage needs captions: leave the set out"
                 )
 
 
-def _without(exclude: frozenset[str], shards: ShardSet, rows: IntArray) -> IntArray:
-    """The rows that belong to none of some identities."""
-    dropped = np.array([pid in exclude for pid in shards.identities], dtype=bool)
-    kept: IntArray = rows[~dropped[shards.index["pid"][rows]]]
-    return kept
+def _choice(count: int, key: tuple[int, int, int], stream: int) -> int:
+    """A number below `count`; no random numbers are made where there is no choice."""
+    return int(sample_rng(*key, stream).integers(count)) if count > 1 else 0

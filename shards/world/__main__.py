@@ -1,17 +1,26 @@
-"""Command line of the procedural world: export trees, measure vocabulary coverage, compute the oracle ceiling."""
+"""Command line of the procedural world: export trees, measure vocabulary and speed, compute the oracle ceiling."""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from reid_dist.errors import UserError
+from shards.world.camera import CAMERAS
+from shards.world.captions import STYLES
 from shards.world.export import export, write_whole
+from shards.world.formats import EXPORTERS
+from shards.world.identity import HELD_OUT_MOST
 from shards.world.oracle import ceilings
 from shards.world.spec import LEVELS, ExportSpec, World
-from shards.world.trees import EXPORTERS
+from shards.world.speed import images_per_second
 from shards.world.vocabulary import coverage_of
+
+MAX_CAMERAS = 50
+KNOBS = tuple(item.name for item in fields(World) if item.name != "seed")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,18 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     out = commands.add_parser("export", help="write a raw data set")
     out.add_argument("format", choices=sorted(EXPORTERS), help="raw format")
     out.add_argument("--out", type=Path, required=True, help="folder of the tree")
-    out.add_argument("--ids", type=int, required=True, help="training identities; pairs for img2dataset")
-    out.add_argument("--seed", type=int, required=True, help="seed of the world")
+    out.add_argument("--ids", type=int, default=200, help="training identities; pairs for pair sets (default 200)")
     out.add_argument("--test-ids", type=int, default=200, help="test identities (default 200)")
     out.add_argument("--val-ids", type=int, default=0, help="validation identities (default 0)")
     out.add_argument("--images", type=int, default=8, help="pictures per identity (default 8)")
-    out.add_argument("--level", choices=list(LEVELS), default="standard", help="named difficulty (default standard)")
-    out.add_argument("--hardness", type=float, help="strength of camera effects, 0 to 2")
-    out.add_argument("--siblings", type=int, help="members of a family besides its base, 0 to 15")
-    out.add_argument("--coverage", type=float, help="probability that a visible attribute is named, 0 to 1")
-    out.add_argument("--wrong", type=float, help="probability of a wrong colour word, 0 to 1")
-    out.add_argument("--person-share", type=float, default=0.4, help="img2dataset: share of pedestrian pairs")
+    out.add_argument("--person-share", type=float, default=0.4, help="generic pairs: share of pedestrians (default .4)")
     out.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    _add_knobs(out)
     oracle = commands.add_parser("oracle", help="expected metrics of a perfect reader of attributes")
     oracle.add_argument("cuhk", type=Path, help="CUHK-PEDES tree")
     oracle.add_argument("market", type=Path, help="Market-1501 tree")
@@ -46,30 +50,66 @@ def _parser() -> argparse.ArgumentParser:
     words = commands.add_parser("vocabulary", help="share of the words of tree B that tree A's captions use")
     words.add_argument("corpus", type=Path, help="tree A, for example the img2dataset export")
     words.add_argument("target", type=Path, help="tree B, for example the CUHK-PEDES export")
+    speed = commands.add_parser("speed", help="pictures per second of one core: person, camera, JPEG, two captions")
+    speed.add_argument("--images", type=int, default=2000, help="pictures to draw (default 2000)")
+    _add_knobs(speed)
     return parser
 
 
-def _check(name: str, value: float, low: float, high: float) -> None:
+def _add_knobs(parser: argparse.ArgumentParser) -> None:
+    """Add everything that decides a world."""
+    parser.add_argument("--seed", type=int, default=0, help="seed of the world (default 0)")
+    parser.add_argument("--level", choices=list(LEVELS), default="standard", help="named difficulty (default standard)")
+    parser.add_argument("--hardness", type=float, help="strength of camera effects, 0 to 2")
+    parser.add_argument("--siblings", type=int, help="members of a family besides its base, 0 to 15")
+    parser.add_argument("--coverage", type=float, help="probability that a visible attribute is named, 0 to 1")
+    parser.add_argument("--wrong", type=float, help="probability of a wrong colour word, 0 to 1")
+    parser.add_argument("--instance", type=float, help="strength of what holds for single pictures, 0 to 1 (default 0)")
+    parser.add_argument("--cameras", type=int, help=f"cameras (default {CAMERAS})")
+    parser.add_argument("--unseen-cameras", type=int, help="cameras that see test people only, and all of these")
+    parser.add_argument("--held-out", type=int, help="colours per upper garment that only test people wear, 0 to 5")
+    parser.add_argument("--mismatched", type=float, help="share of training pictures captioned as somebody else")
+    parser.add_argument("--posters", type=float, help="share of generic scenes with a poster of a person (default 0)")
+    parser.add_argument("--style", choices=list(STYLES), help="sentence frames of the captions (default mixed)")
+    parser.add_argument("--test-style", choices=list(STYLES), help="those of test people (default: as --style)")
+
+
+def _check(name: str, value: float, low: float, high: float, why: str = "") -> None:
     if not low <= value <= high:
-        raise UserError(f"--{name} {value:g}: must be between {low:g} and {high:g}")
+        raise UserError(f"--{name} {value:g}: must be between {low:g} and {high:g}{why}")
+
+
+def _world(args: argparse.Namespace) -> World:
+    values: dict[str, Any] = {"seed": args.seed, **LEVELS[args.level]}
+    values.update((name, getattr(args, name)) for name in KNOBS if getattr(args, name) is not None)
+    if "style" in values:
+        values.setdefault("test_style", values["style"])
+    world = World(**values)
+    _check("seed", world.seed, 0, 2**50)
+    _check("hardness", world.hardness, 0, 2)
+    _check("siblings", world.siblings, 0, 15)
+    _check("coverage", world.coverage, 0, 1)
+    _check("wrong", world.wrong, 0, 1)
+    _check("instance", world.instance, 0, 1)
+    most = EXPORTERS[args.format].cameras if "format" in args else MAX_CAMERAS
+    _check("cameras", world.cameras, 2, min(most, MAX_CAMERAS), f" for {args.format}" if "format" in args else "")
+    if world.unseen_cameras:
+        why = " (or 0): a test person needs two cameras, and training at least one"
+        _check("unseen-cameras", world.unseen_cameras, 2, world.cameras - 1, why)
+    _check("mismatched", world.mismatched, 0, 1)
+    _check("posters", world.posters, 0, 1)
+    _check("held-out", world.held_out, 0, HELD_OUT_MOST)
+    return world
 
 
 def _spec(args: argparse.Namespace) -> ExportSpec:
-    values = dict(LEVELS[args.level])
-    values.update({name: getattr(args, name) for name in values if getattr(args, name) is not None})
-    _check("hardness", values["hardness"], 0, 2)
-    _check("siblings", values["siblings"], 0, 15)
-    _check("coverage", values["coverage"], 0, 1)
-    _check("wrong", values["wrong"], 0, 1)
     _check("ids", args.ids, 1, 1_000_000)
-    _check("seed", args.seed, 0, 2**50)
     _check("test-ids", args.test_ids, 0, 1_000_000)
     _check("val-ids", args.val_ids, 0, 1_000_000)
     _check("images", args.images, 2, 99)
     _check("person-share", args.person_share, 0, 1)
     _check("workers", args.workers, 1, 1024)
-    world = World(args.seed, values["hardness"], int(values["siblings"]), values["coverage"], values["wrong"])
-    return ExportSpec(args.format, world, args.ids, args.test_ids, args.val_ids, args.images, args.person_share)
+    return ExportSpec(args.format, _world(args), args.ids, args.test_ids, args.val_ids, args.images, args.person_share)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -84,21 +124,34 @@ def _oracle(args: argparse.Namespace) -> None:
 
 
 def _vocabulary(args: argparse.Namespace) -> None:
-    share, missing, size = coverage_of(args.corpus, args.target)
-    print(f"{share:.1f} % of {size} words; missing: {' '.join(missing) or 'none'}")
+    found = coverage_of(args.corpus, args.target)
+    missing = " ".join(f"{word} ({count})" for word, count in found.missing.items())
+    print(
+        f"{found.word_share:.1f} % of {found.words} words, {found.occurrence_share:.1f} % of {found.occurrences} "
+        f"occurrences; least used: {found.rarest[0]} ({found.rarest[1]}); missing: {missing or 'none'}"
+    )
 
 
-_COMMANDS = {"export": _export, "oracle": _oracle, "vocabulary": _vocabulary}
+def _speed(args: argparse.Namespace) -> None:
+    _check("images", args.images, 1, 1_000_000)
+    wall, cpu = images_per_second(_world(args), args.images)
+    print(f"{wall:.0f} images/s of wall clock, {cpu:.0f} images/s of processor time, one core, {args.images} images")
+
+
+_COMMANDS = {"export": _export, "oracle": _oracle, "vocabulary": _vocabulary, "speed": _speed}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status (2 for wrong input)."""
+    """Run a command and return the exit status: 2 for wrong input, 1 where the disk or the system fails."""
     try:
         args = _parser().parse_args(argv)
         _COMMANDS[args.command](args)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The six cameras of a world: fixed scene and optics, and the picture of one identity made by one camera."""
+"""The cameras of a world, six unless told otherwise: fixed scene and optics, and the picture that one makes."""
 
 import io
 import math
@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 from shards.world.backdrop import PANORAMA, PLACES, draw_backdrop
 from shards.world.draws import Draws
 from shards.world.identity import Identity, make_identity
+from shards.world.moment import Moment
 from shards.world.palette import RGB
 from shards.world.pen import SUPERSAMPLE, Box, Pen
 from shards.world.render import VIEWS, Figure
@@ -58,12 +59,21 @@ class Camera:
 
 @dataclass(frozen=True)
 class Picture:
-    """A rendered crop: pixels before JPEG, JPEG quality, view and the attributes that can be seen."""
+    """A rendered crop.
+
+    Attributes:
+        image: Pixels before JPEG.
+        quality: JPEG quality.
+        view: front, side or back.
+        visible: Attributes that can be seen; "pose" is among them where there is a moment and the feet are free.
+        moment: What holds for this picture only; None in worlds without instance-level content.
+    """
 
     image: Image.Image
     quality: int
     view: str
     visible: frozenset[str]
+    moment: Moment | None = None
 
     def jpeg(self) -> bytes:
         """Return the encoded picture."""
@@ -78,22 +88,28 @@ def strength(hardness: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def _slots(world_seed: int, parameter: int) -> tuple[int, ...]:
-    return tuple(Draws(world_seed, _CAMERA, CAMERAS, parameter).shuffled(range(CAMERAS)))
+def _slots(world_seed: int, cameras: int, parameter: int) -> tuple[int, ...]:
+    return tuple(Draws(world_seed, _CAMERA, cameras, parameter).shuffled(range(cameras)))
 
 
-@lru_cache(maxsize=64)
-def make_camera(world_seed: int, number: int, hardness: float) -> Camera:
+@lru_cache(maxsize=128)
+def make_camera(world_seed: int, number: int, hardness: float, cameras: int = CAMERAS) -> Camera:
     """Return one camera of a world; it is the same for every split.
 
-    Parameters are stratified over the six cameras (each takes another sixth of the range), so that worlds of
+    Parameters are stratified over the cameras (of six, each takes another sixth of the range), so that worlds of
     different seeds are about equally hard.
+
+    Args:
+        world_seed: Seed of the world.
+        number: 0-based camera number.
+        hardness: Strength of camera effects and disturbances.
+        cameras: How many cameras the world has.
     """
     draws = Draws(world_seed, _CAMERA, number)
     force = strength(hardness)
 
     def level(parameter: int) -> float:
-        return (_slots(world_seed, parameter)[number] + draws.uniform()) / CAMERAS
+        return (_slots(world_seed, cameras, parameter)[number] + draws.uniform()) / cameras
 
     hue, amount = 2 * math.pi * level(0), 0.52 * force * (0.5 + level(1))
     third = 2 * math.pi / 3
@@ -115,7 +131,7 @@ def make_camera(world_seed: int, number: int, hardness: float) -> Camera:
     )
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def _panorama(world_seed: int, number: int, height: int) -> Image.Image:
     draws = Draws(world_seed, _CAMERA, number, 1)
     return draw_backdrop(draws, PLACES[number % len(PLACES)], height * SUPERSAMPLE)
@@ -190,11 +206,8 @@ def _expose(image: Image.Image, camera: Camera, draws: Draws) -> Image.Image:
     table: list[int] = []
     for channel in range(3):
         gain = math.exp(light + camera.cast[channel] + draws.normal(0.23 * camera.force, limit=2.0))
-        span = 1.0 - camera.haze
-        table += [
-            min(255, int(255 * (camera.haze + span * min(1.0, gain * (level / 255) ** camera.gamma)) + 0.5))
-            for level in range(256)
-        ]
+        bright = camera.haze + (1.0 - camera.haze) * np.minimum(1.0, gain * _tone_curve(camera.gamma))
+        table += (255 * bright + 0.5).astype(np.uint8).tolist()
     image = image.point(table)
     radius = camera.blur * image.height / 128 * draws.uniform(0.7, 1.3)
     if radius > 0.2:
@@ -207,6 +220,12 @@ def _expose(image: Image.Image, camera: Camera, draws: Draws) -> Image.Image:
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
+@lru_cache(maxsize=128)
+def _tone_curve(gamma: float) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+    # Python's power, not numpy's: its last bit may differ between processors' vector code, and pictures are pinned.
+    return np.array([(level / 255) ** gamma for level in range(256)])
+
+
 def _saturation_matrix(keep: float) -> tuple[float, ...]:
     weights = (0.299, 0.587, 0.114)
     rows: list[float] = []
@@ -216,7 +235,15 @@ def _saturation_matrix(keep: float) -> tuple[float, ...]:
     return tuple(rows)
 
 
-def render(world_seed: int, identity: Identity, camera: int, k: int, hardness: float) -> Picture:
+def render(
+    world_seed: int,
+    identity: Identity,
+    camera: int,
+    k: int,
+    hardness: float,
+    cameras: int = CAMERAS,
+    moment: Moment | None = None,
+) -> Picture:
     """Return the picture of an identity by a camera; it depends on nothing but the arguments.
 
     Args:
@@ -225,8 +252,10 @@ def render(world_seed: int, identity: Identity, camera: int, k: int, hardness: f
         camera: 0-based camera number.
         k: Which of the pictures of this identity by this camera.
         hardness: Strength of camera effects and disturbances; 0 is a clean studio.
+        cameras: How many cameras the world has.
+        moment: Pose and bag of this picture; without one the pose means nothing and the bag is the identity's.
     """
-    lens = make_camera(world_seed, camera, hardness)
+    lens = make_camera(world_seed, camera, hardness, cameras)
     draws = Draws(world_seed, identity.key, camera, k)
     view = draws.weighted(VIEWS, lens.views)
     image, height = _crop(world_seed, lens, draws)
@@ -237,11 +266,14 @@ def render(world_seed: int, identity: Identity, camera: int, k: int, hardness: f
     x = (0.25 + draws.uniform(-0.035, 0.035) * shake) * scale
     if identity.split == "junk":
         x, size, feet = x + draws.pick((-0.24, 0.24)) * scale, size * 1.5, feet + 0.4 * scale
-    figure = Figure(identity, view, draws.uniform())
+    gait = draws.uniform()
+    figure = Figure(moment.shown(identity), view, gait, moment.pose) if moment else Figure(identity, view, gait)
     pen = Pen(image, (x, feet - size), size, flip=draws.chance(0.5))
     boxes = figure.draw(pen)
+    if moment:
+        boxes["pose"] = figure.feet_box
     hidden = _occlude(world_seed, lens.force, image, draws, feet)
     frame = (0.0, 0.0, float(image.width), float(image.height))
     visible = frozenset(name for name, box in boxes.items() if _free_share(pen.box(box), frame, hidden) >= _VISIBLE)
     image = _expose(image.reduce(SUPERSAMPLE), lens, draws)
-    return Picture(image, lens.quality, view, visible)
+    return Picture(image, lens.quality, view, visible, moment)

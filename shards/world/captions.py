@@ -1,10 +1,11 @@
 """Sentences about one picture: only what the view shows, with a log of every attribute mentioned."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from shards.world.draws import Draws
 from shards.world.identity import ATTRIBUTES, Identity, effective
+from shards.world.moment import CARRIED, IN_IMAGE, Moment
 
 Mention = tuple[str, str]
 MAX_WORDS = 38
@@ -45,10 +46,18 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "pale": ("pale", "fair"),
     "blonde": ("blonde", "blond"),
     "purple": ("purple", "violet"),
+    "walking": ("walking", "strolling"),
+    "standing": ("standing", "standing still"),
+    "running": ("running", "jogging"),
+    "front": ("facing the camera", "seen from the front"),
+    "side": ("seen from the side", "in profile"),
+    "back": ("seen from behind", "seen from the back"),
 }
 PLURAL = ("trousers", "shorts", "leggings", "sneakers", "boots", "sandals")
 _RARE = {"build": 0.45, "height": 0.3, "age": 0.45, "skin": 0.3, "logo": 0.8, "presentation": 1.1}
 """Attributes that people name less often than clothes, as a factor of the coverage."""
+_MOMENT_COVERAGE = 0.9
+"""Probability that pose or view is named in a world of instance 1."""
 
 
 def article(phrase: str) -> str:
@@ -63,7 +72,10 @@ def say(value: str, draws: Draws) -> str:
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence (or two) and the attributes it names, in order."""
+    """A sentence (or two) and the attributes it names, in order.
+
+    A mention whose name begins with IN_IMAGE holds for the picture ("image.pose"), all others hold for the person.
+    """
 
     text: str
     mentions: tuple[Mention, ...]
@@ -79,6 +91,7 @@ class Speaker:
         coverage: Probability that a visible attribute is named.
         wrong: Probability that a colour word is replaced by another.
         draws: Stream of the caption.
+        instance: Strength of instance-level content; above 0, bag, pose and view are mentions about the picture.
     """
 
     seen: Mapping[str, str]
@@ -86,6 +99,7 @@ class Speaker:
     coverage: float
     wrong: float
     draws: Draws
+    instance: float = 0.0
     mentions: list[Mention] = field(default_factory=list)
 
     def named(self, name: str) -> str:
@@ -98,8 +112,15 @@ class Speaker:
         colour = name.endswith("colour") or name in ("upper_colour2", "scarf")
         if colour and self.draws.chance(self.wrong):
             value = self.draws.pick([v for v in ATTRIBUTES[name] if v not in (value, "none")])
-        self.mentions.append((name, value))
+        self.mentions.append((f"{IN_IMAGE}{name}" if self.instance and name in CARRIED else name, value))
         return say(value, self.draws)
+
+    def momentary(self, name: str) -> str:
+        """Return words for the picture's pose or view and log them, or "" where they are hidden or left out."""
+        if not self.instance or name not in self.visible or not self.draws.chance(_MOMENT_COVERAGE * self.instance):
+            return ""
+        self.mentions.append((f"{IN_IMAGE}{name}", self.seen[name]))
+        return say(self.seen[name], self.draws)
 
     def subject(self) -> str:
         """Return the person without article, such as "tall young woman"."""
@@ -184,7 +205,12 @@ class _Parts:
     bag: str
     extras: list[str]
     where: str
+    pose: str | None
     pick: Callable[[tuple[str, ...]], str]
+
+    def at_rest(self) -> "_Parts":
+        """Return the parts with the pose moved to the end of the first sentence, for frames without a place for it."""
+        return replace(self, where=f" while {self.pose}{self.where}", pose="") if self.pose else self
 
 
 def _plain(parts: _Parts) -> str:
@@ -204,16 +230,17 @@ def _clothes_first(parts: _Parts) -> str:
         return _plain(parts)
     rest = listing([parts.body, *parts.extras, parts.bag])
     text = f"{parts.pick(('dressed in', 'wearing'))} {listing(parts.clothes)}, this {parts.subject}"
-    return (
-        f"{text} {parts.pick(('has', 'can be seen with'))} {rest}{parts.where}."
-        if rest
-        else f"{text} is walking{parts.where}."
-    )
+    if rest:
+        return f"{text} {parts.pick(('has', 'can be seen with'))} {rest}{parts.where}."
+    return f"{text} {'is walking' if parts.pose is None else 'can be seen'}{parts.where}."
 
 
-def _walking(parts: _Parts) -> str:
+def _acting(parts: _Parts) -> str:
+    if parts.pose == "":
+        return _plain(parts)
     text = f"{parts.pick(('the', 'this'))} {parts.subject}" + (f" in {listing(parts.clothes)}" if parts.clothes else "")
-    text += f" is {parts.pick(('walking', 'standing'))}" + (f" with {parts.bag}" if parts.bag else "") + parts.where
+    verb = parts.pick(("walking", "standing")) if parts.pose is None else parts.pose
+    text += f" is {verb}" + (f" with {parts.bag}" if parts.bag else "") + parts.where
     rest = listing([parts.body, *parts.extras])
     return f"{text}. {parts.pronoun} also has {rest}." if rest else f"{text}."
 
@@ -233,7 +260,12 @@ def _listed(parts: _Parts) -> str:
     return text + (f", with {parts.bag}." if parts.bag else ".")
 
 
-_FRAMES = (_plain, _clothes_first, _walking, _picture, _listed)
+_FRAMES = (_plain, _clothes_first, _acting, _picture, _listed)
+STYLES: dict[str, tuple[Callable[[_Parts], str], ...]] = {
+    "mixed": _FRAMES, "plain": (_plain,), "clothes": (_clothes_first,), "action": (_acting,), "picture": (_picture,),
+    "list": (_listed,),
+}  # fmt: skip
+"""Sentence frames by the name of a caption style."""
 _WHERE = {
     "front": (" facing the camera", " seen from the front"),
     "side": (" seen from the side", " passing by"),
@@ -241,28 +273,45 @@ _WHERE = {
 }
 
 
-def _attempt(identity: Identity, view: str, speaker: Speaker) -> Caption:
+def _attempt(seen: Mapping[str, str], speaker: Speaker, frames: Sequence[Callable[[_Parts], str]]) -> Caption:
     draws = speaker.draws
     subject = speaker.subject()
     said_sex = any(name == "presentation" for name, _ in speaker.mentions)
-    pronoun = {"man": "he", "woman": "she"}[identity.attributes["presentation"]] if said_sex else "this person"
     parts = _Parts(
         subject=subject,
-        pronoun=pronoun,
+        pronoun={"man": "he", "woman": "she"}[seen["presentation"]] if said_sex else "this person",
         body=speaker.body(),
         clothes=[phrase for phrase in (speaker.upper(), speaker.lower(), speaker.shoes()) if phrase],
         bag=speaker.bag(),
         extras=speaker.extras(),
-        where=draws.pick(_WHERE[view]) if draws.chance(0.4) else "",
+        where="",
+        pose=None,
         pick=draws.pick,
     )
-    return Caption(draws.pick(_FRAMES)(parts), tuple(speaker.mentions))
+    if speaker.instance:
+        view = speaker.momentary("view")
+        parts = replace(parts, where=f" {view}" if view else "", pose=speaker.momentary("pose"))
+        frame = draws.pick(frames)
+        return Caption(frame(parts if frame is _acting else parts.at_rest()), tuple(speaker.mentions))
+    if draws.chance(0.4):
+        parts = replace(parts, where=draws.pick(_WHERE[seen["view"]]))
+    return Caption(draws.pick(frames)(parts), tuple(speaker.mentions))
 
 
 def describe(
-    draws: Draws, identity: Identity, view: str, visible: frozenset[str], coverage: float, wrong: float = 0.0
+    draws: Draws,
+    identity: Identity,
+    view: str,
+    visible: frozenset[str],
+    coverage: float,
+    wrong: float = 0.0,
+    *,
+    instance: float = 0.0,
+    moment: Moment | None = None,
+    style: str = "mixed",
+    most_words: int = MAX_WORDS,
 ) -> Caption:
-    """Return one caption of a picture, never longer than MAX_WORDS.
+    """Return one caption of a picture.
 
     Args:
         draws: Stream of this caption.
@@ -271,10 +320,19 @@ def describe(
         visible: Attributes that the picture shows.
         coverage: Probability that a visible attribute is named.
         wrong: Probability that a colour word is wrong; the log then holds what was said.
+        instance: Strength of instance-level content. At 0 "walking", "standing" and the phrases about the view are
+            figures of speech that no log holds; above 0 they are true of the picture and logged.
+        moment: What holds for this picture only; needed where `instance` is above 0.
+        style: Name in STYLES of the sentence frames.
+        most_words: The caption is no longer than this.
     """
-    seen = effective(identity.attributes)
+    shown = moment.shown(identity) if moment else identity
+    seen = {**effective(shown.attributes), "view": view, "pose": moment.pose if moment else ""}
+    if moment is None:
+        instance = 0.0
     while True:
-        caption = _attempt(identity, view, Speaker(seen, visible, coverage, wrong, draws))
-        if len(caption.text.split()) <= MAX_WORDS:
+        speaker = Speaker(seen, visible | {"view"}, coverage, wrong, draws, instance)
+        caption = _attempt(seen, speaker, STYLES[style])
+        if len(caption.text.split()) <= most_words:
             return caption
         coverage *= 0.9

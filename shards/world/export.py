@@ -14,8 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from reid_dist.errors import UserError
+from shards.world.formats import EXPORTERS
+from shards.world.formats.base import Record
 from shards.world.spec import ExportSpec
-from shards.world.trees import EXPORTERS, Record
 
 WORLD_FILE = "world.json"
 WORLD_VERSION = 1

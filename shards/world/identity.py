@@ -58,6 +58,8 @@ _DIFF_WEIGHTS: dict[str, float] = {
     "hair": 1.0, "hair_colour": 1.0, "presentation": 1.2, "build": 0.2, "age": 0.15, "skin": 0.2, "logo": 0.15,
     "glasses": 0.15,
 }  # fmt: skip
+HELD_OUT_MOST = 5
+"""Most colours per garment (of 13) that can be held out so that every garment and every colour stays in training."""
 _SPLITS = {"train": 0, "val": 1, "test": 2, "distractor": 3, "junk": 4}
 _SPLIT_STRIDE = 10_000_000
 _FAMILY, _LATENT = 101, 102
@@ -131,14 +133,36 @@ def _changed(base: dict[str, str], draws: Draws) -> tuple[dict[str, str], str]:
     return {**base, name: value}, name
 
 
+def is_held_out(attributes: Mapping[str, str], colours: int) -> bool:
+    """Return whether an upper garment in its colour is reserved for test people.
+
+    Args:
+        attributes: Attributes of an identity.
+        colours: Reserved colours per garment, of 13; the same ones in worlds of all seeds, so that no other world
+            shows the pairs to a model beforehand.
+    """
+    garment = ATTRIBUTES["upper"].index(attributes["upper"])
+    colour = UPPER_COLOURS.index(attributes["upper_colour"])
+    return (5 * garment + colour) % len(UPPER_COLOURS) < colours
+
+
 @lru_cache(maxsize=4096)
-def _family(world_seed: int, split: int, family: int, members: int) -> tuple[tuple[dict[str, str], str | None], ...]:
+def _family(
+    world_seed: int, split: int, family: int, members: int, held_out: int
+) -> tuple[tuple[dict[str, str], str | None], ...]:
     draws = Draws(world_seed, _FAMILY, split, family)
+    reserved = split not in (_SPLITS["train"], _SPLITS["val"])
+
+    def allowed(attributes: Mapping[str, str]) -> bool:
+        return not held_out or is_held_out(attributes, held_out) == reserved
+
     base = _base(draws)
+    while not allowed(base):
+        base = _base(draws)
     found: list[tuple[dict[str, str], str | None]] = [(base, None)]
     while len(found) < members:
         attributes, diff = _changed(base, draws)
-        if all(attributes != other for other, _ in found):
+        if allowed(attributes) and all(attributes != other for other, _ in found):
             found.append((attributes, diff))
     return tuple(found)
 
@@ -148,7 +172,7 @@ def _tint(draws: Draws) -> float:
     return draws.normal(limit=2.0)
 
 
-def make_identity(world_seed: int, split: str, index: int, siblings: int) -> Identity:
+def make_identity(world_seed: int, split: str, index: int, siblings: int, held_out: int = 0) -> Identity:
     """Return identity number `index` of a split; it depends on nothing but the arguments.
 
     Args:
@@ -156,10 +180,11 @@ def make_identity(world_seed: int, split: str, index: int, siblings: int) -> Ide
         split: train, val, test, distractor or junk.
         index: Position inside the split, from 0.
         siblings: Members of a family besides its base.
+        held_out: Colours per upper garment that only test people (distractors and junk too) wear, and they always.
     """
     code = _SPLITS[split]
     family, member = divmod(index, siblings + 1)
-    attributes, diff = _family(world_seed, code, family, siblings + 1)[member]
+    attributes, diff = _family(world_seed, code, family, siblings + 1, held_out)[member]
     draws = Draws(world_seed, _LATENT, code, index)
     tint = {name: (_tint(draws), _tint(draws), _tint(draws)) for name in LATENTS}
     trim = {name: draws.pick(UPPER_COLOURS) for name in TRIMS}

@@ -1,133 +1,194 @@
-"""Exact ceiling: the expected metrics of a reader who knows every attribute, ties in uniformly random order."""
+"""Exact ceiling: the expected metrics of a reader who knows every attribute, ties in uniformly random order.
+
+Where a world has instance-level content, a sentence says things that hold for its own picture and perhaps for no other
+picture of the same person, while every picture of the person counts as right. The reader therefore knows, besides the
+attributes of every person, what each picture shows, and ranks by three things in turn:
+
+1. how many statements about the person the pictured person contradicts;
+2. how many statements about the picture are contradicted at least by each picture of people who look like this one:
+   the sentence was written about one of the pictures, so who has no such picture is not meant;
+3. how many statements about the picture this picture contradicts.
+
+Beside it stands a reader of people, who knows their attributes, the bag that they own among them, and not what single
+pictures show: no encoder to which all pictures of a person are the same can do better. The distance of the two is what
+invariance costs.
+"""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from reid_dist.errors import UserError
 from shards.world.identity import effective
+from shards.world.moment import CARRIED, IN_IMAGE, make_moment
+from shards.world.ties import Ranking, Tie, mean_metrics, ranking
 
-RANKS = (1, 5, 10)
-METRICS = ("R1", "R5", "R10", "mAP", "mINP")
+Facts = Mapping[str, str]
+Look = tuple[tuple[str, str], ...]
+Counts = np.ndarray[tuple[int, ...], np.dtype[np.int16]]
 
 
 @dataclass(frozen=True)
-class TieGroup:
-    """The tied images among which a query's positives lie.
+class Seen:
+    """One picture as the reader knows it.
 
     Attributes:
-        ahead: Images ranked strictly before the group, none of them positive.
-        size: Images in the group.
-        positives: Positives in the group (all positives of the query).
+        number: Number of the person in the tree, "0" for distractors.
+        camera: 0-based camera number.
+        person: Attributes of the person.
+        moment: What holds for this picture; empty without instance-level content.
     """
 
-    ahead: int
-    size: int
-    positives: int
+    number: str
+    camera: int
+    person: Facts
+    moment: Facts
+
+    @property
+    def look(self) -> Look:
+        """Attributes of the person, to compare people."""
+        return tuple(sorted(self.person.items()))
 
 
-def expected_metrics(group: TieGroup) -> dict[str, float]:
-    """Return the expectation of each metric over the orders of the group, as shares.
+def contradictions(mentions: Iterable[Sequence[str]], facts: Facts) -> int:
+    """Return how many mentions the facts contradict (0 for the right ones unless a word is wrong)."""
+    return sum(facts[name] != value for name, value in mentions)
 
-    With n tied images, r positives and m images ahead: R@K = 1 - C(n - K + m, r) / C(n, r);
-    E[AP] = 1/n * sum_k (1 + (k-1)(r-1)/(n-1)) / (m + k), since every place k holds a positive with probability r/n and
-    then (k-1)(r-1)/(n-1) positives are expected before it; E[INP] = sum_l r / (m + l) * C(l-1, r-1) / C(n, r), l being
-    the place of the last positive.
+
+def estrangement(mentions: Iterable[Sequence[str]], person: Facts) -> int:
+    """Return how little a mentioned bag fits a person, whatever the picture shows.
+
+    Returns:
+        0 for the owner of such a bag or without a mention, 1 for people without a bag, who may have borrowed it, 2 for
+        the owner of another one, who never does.
     """
-    ahead, n, r = group.ahead, group.size, group.positives
-    orders = comb(n, r)
-    result = {f"R{rank}": 1.0 - comb(max(n - max(rank - ahead, 0), 0), r) / orders for rank in RANKS}
-    slope = (r - 1) / (n - 1) if n > 1 else 0.0
-    result["mAP"] = sum((1 + (k - 1) * slope) / (ahead + k) for k in range(1, n + 1)) / n
-    result["mINP"] = sum(r / (ahead + last) * comb(last - 1, r - 1) for last in range(r, n + 1)) / orders
-    return result
+    bag = [(name.removeprefix(IN_IMAGE), value) for name, value in mentions if name.removeprefix(IN_IMAGE) in CARRIED]
+    if contradictions(bag, person) == 0:
+        return 0
+    return 1 if person["bag"] == "none" else 2
 
 
-def _mean(groups: Iterable[TieGroup]) -> dict[str, float]:
-    """Return the mean metrics in percent and the number of queries."""
-    cache: dict[TieGroup, dict[str, float]] = {}
-    sums = dict.fromkeys(METRICS, 0.0)
-    queries = 0
-    for group in groups:
-        if group not in cache:
-            cache[group] = expected_metrics(group)
-        queries += 1
-        for name in METRICS:
-            sums[name] += cache[group][name]
-    scale = 100.0 / max(queries, 1)
-    return {**{name: value * scale for name, value in sums.items()}, "queries": float(queries)}
+def _seen(tree: Mapping[str, Any], number: str, card: Mapping[str, Any], shot: Sequence[Any]) -> Seen:
+    """Return the picture; its moment is a function of the world's parameters and the shot, as in the drawing."""
+    person = effective(card["attributes"])
+    world = tree["parameters"]["world"]
+    if not world.get("instance"):
+        return Seen(number, shot[0], person, {})
+    moment = make_moment(world["seed"], card["key"], card["attributes"], shot[0], shot[1], world["instance"])
+    return Seen(number, shot[0], person, moment.facts(shot[2]))
 
 
-def violations(mentions: Sequence[Sequence[str]], seen: Mapping[str, str]) -> int:
-    """Return how many mentions an identity contradicts (0 for the right one unless a word is wrong)."""
-    return sum(seen[name] != value for name, value in mentions)
+def tested_pictures(tree: Mapping[str, Any]) -> dict[str, Seen]:
+    """Return the pictures of test people of a CUHK-PEDES tree by path."""
+    found = {}
+    for path, shot in tree["shots"].items():
+        number = path.rsplit("/", 1)[-1].split("_", 1)[0][1:]
+        card = tree["identities"][number]
+        if card["split"] == "test":
+            found[path] = _seen(tree, number, card, shot)
+    return found
 
 
-def text_ceiling(tree: Mapping[str, Any]) -> dict[str, float]:
-    """Return the T2I ceiling from the world.json of a CUHK-PEDES tree: all test captions against all test images."""
-    seen, images = _test_people(tree)
-    groups = []
-    for path, captions in tree["mentions"].items():
-        number = _number_of(path)
-        if number not in seen:
-            continue
-        for mentions in captions:
-            groups.append(_group(number, {other: violations(mentions, seen[other]) for other in seen}, images))
-    return _mean(groups)
+class Reader:
+    """Ranks the pictures of test people for a sentence."""
+
+    def __init__(self, pictures: Sequence[Seen]) -> None:
+        """Group the pictures by person."""
+        self._people: dict[str, list[Seen]] = {}
+        for picture in pictures:
+            self._people.setdefault(picture.number, []).append(picture)
+        self._numbers = list(self._people)
+        self._looks = {number: found[0].look for number, found in self._people.items()}
+        self._against: dict[tuple[str, str], Counts] = {}
+
+    def _wrong(self, mentions: Sequence[Sequence[str]]) -> Counts:
+        """Return how many mentions each person contradicts, as an array: there are many people and few mentions."""
+        total: Counts = np.zeros(len(self._numbers), dtype=np.int16)
+        for name, value in mentions:
+            if (name, value) not in self._against:
+                differs = [self._people[number][0].person[name] != value for number in self._numbers]
+                self._against[name, value] = np.array(differs, dtype=np.int16)
+            total += self._against[name, value]
+        return total
+
+    def ranking(self, number: str, mentions: Iterable[Sequence[str]], knows_pictures: bool = True) -> Ranking:
+        """Return the ties of all pictures.
+
+        Args:
+            number: The person whom the sentence describes.
+            mentions: What it says.
+            knows_pictures: Whether the reader knows what single pictures show, or only people.
+        """
+        said = list(mentions)
+        about_picture = [mention for mention in said if mention[0].startswith(IN_IMAGE)]
+        wrong = self._wrong([mention for mention in said if not mention[0].startswith(IN_IMAGE)])
+        # People who contradict more than the right one come after all positives: they change nothing.
+        places = np.flatnonzero(wrong <= wrong[self._numbers.index(number)]).tolist()
+        rivals = {self._numbers[place]: int(wrong[place]) for place in places}
+        keys: list[tuple[int, ...]] = []
+        hits: list[bool] = []
+        if knows_pictures:
+            missed = {who: [contradictions(about_picture, seen.moment) for seen in self._people[who]] for who in rivals}
+            least: dict[Look, int] = {}
+            for who in rivals:
+                least[self._looks[who]] = min(least.get(self._looks[who], len(said)), *missed[who])
+        for who, count in rivals.items():
+            found = self._people[who]
+            if knows_pictures:
+                keys += [(count, least[self._looks[who]], one) for one in missed[who]]
+            else:
+                keys += [(count, estrangement(about_picture, found[0].person))] * len(found)
+            hits += [who == number] * len(found)
+        return ranking(keys, hits)
 
 
-def _number_of(path: str) -> str:
-    return path.rsplit("/", 1)[-1].split("_", 1)[0][1:]
+def text_ceiling(tree: Mapping[str, Any], knows_pictures: bool = True) -> dict[str, float]:
+    """Return the T2I ceiling from the world.json of a CUHK-PEDES tree: all test captions against all test images.
+
+    Args:
+        tree: The parsed world.json.
+        knows_pictures: False for the reader of people.
+    """
+    pictures = tested_pictures(tree)
+    reader = Reader(list(pictures.values()))
+    return mean_metrics(
+        reader.ranking(pictures[path].number, mentions, knows_pictures)
+        for path, captions in tree["mentions"].items()
+        if path in pictures
+        for mentions in captions
+    )
 
 
-def _test_people(tree: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], dict[str, int]]:
-    people = {number: card for number, card in tree["identities"].items() if card["split"] == "test"}
-    seen = {number: effective(card["attributes"]) for number, card in people.items()}
-    images = dict.fromkeys(people, 0)
-    for path in tree["shots"]:
-        if _number_of(path) in images:
-            images[_number_of(path)] += 1
-    return seen, images
-
-
-def _group(number: str, wrong: Mapping[str, int], images: Mapping[str, int]) -> TieGroup:
-    own = wrong[number]
-    ahead = sum(images[other] for other, count in wrong.items() if count < own)
-    size = sum(images[other] for other, count in wrong.items() if count == own)
-    return TieGroup(ahead, size, images[number])
+def _market_pictures(tree: Mapping[str, Any], folder: str) -> Iterator[Seen]:
+    for path, shot in tree["shots"].items():
+        place, name = path.split("/", 1)
+        number = str(int(name.split("_", 1)[0]))
+        if place == folder and number != "-1":
+            yield _seen(tree, number, tree["strangers"].get(path) or tree["identities"][number], shot)
 
 
 def image_ceiling(tree: Mapping[str, Any]) -> dict[str, float]:
     """Return the I2I ceiling from the world.json of a Market-1501 tree under the Market rules.
 
     Same identity seen by the same camera is left out, junk is left out, distractors stay; images of people with
-    exactly the query's attributes are tied first. Queries without a positive are left out.
+    exactly the query's attributes are tied first. Queries without a positive are left out. What holds for single
+    pictures changes nothing: here the reader knows people.
     """
-    vectors: dict[str, tuple[tuple[str, str], ...]] = {}
-    for number, card in tree["identities"].items():
-        vectors[number] = tuple(sorted(effective(card["attributes"]).items()))
-    gallery: list[tuple[str, int, tuple[tuple[str, str], ...]]] = []
-    queries: list[tuple[str, int]] = []
-    for path, shot in tree["shots"].items():
-        folder, name = path.split("/", 1)
-        number = str(int(name.split("_", 1)[0]))
-        if folder == "query":
-            queries.append((number, shot[0]))
-        elif folder == "bounding_box_test" and number != "-1":
-            stranger = tree["strangers"].get(path)
-            vector = vectors[number] if stranger is None else tuple(sorted(effective(stranger["attributes"]).items()))
-            gallery.append((number, shot[0], vector))
-    groups = []
-    for number, camera in queries:
-        alike = [(other, cam) for other, cam, vector in gallery if vector == vectors[number]]
-        tied = [(other, cam) for other, cam in alike if not (other == number and cam == camera)]
-        positives = sum(other == number for other, _ in tied)
+    gallery: dict[Look, list[Seen]] = {}
+    for picture in _market_pictures(tree, "bounding_box_test"):
+        gallery.setdefault(picture.look, []).append(picture)
+    rankings = []
+    for query in _market_pictures(tree, "query"):
+        own = (query.number, query.camera)
+        tied = [seen for seen in gallery.get(query.look, ()) if (seen.number, seen.camera) != own]
+        positives = sum(seen.number == query.number for seen in tied)
         if positives:
-            groups.append(TieGroup(0, len(tied), positives))
-    return _mean(groups)
+            rankings.append((Tie(len(tied), positives),))
+    return mean_metrics(rankings)
 
 
 def read_world(root: Path, wanted: str) -> dict[str, Any]:
@@ -150,6 +211,13 @@ def read_world(root: Path, wanted: str) -> dict[str, Any]:
 
 
 def ceilings(cuhk_root: Path, market_root: Path) -> dict[str, dict[str, float]]:
-    """Return the oracle of both query kinds, metrics in percent."""
-    text = text_ceiling(read_world(cuhk_root, "cuhk_pedes"))
-    return {"t2i": text, "i2i": image_ceiling(read_world(market_root, "market1501"))}
+    """Return the oracle of both query kinds, metrics in percent.
+
+    Returns:
+        "t2i" and "i2i"; with instance-level content also "t2i_people", the reader who knows no single pictures.
+    """
+    tree = read_world(cuhk_root, "cuhk_pedes")
+    result = {"t2i": text_ceiling(tree), "i2i": image_ceiling(read_world(market_root, "market1501"))}
+    if tree["parameters"]["world"].get("instance"):
+        result["t2i_people"] = text_ceiling(tree, knows_pictures=False)
+    return result

@@ -1,12 +1,12 @@
 """One pedestrian drawn from an identity: body, garments, bags and hats, and the box of every attribute."""
 
-import math
 from dataclasses import dataclass, field
 
 from shards.world import bags
 from shards.world.identity import Identity, effective
 from shards.world.palette import HAIR, PALETTE, RGB, SKIN, shade, tinted
 from shards.world.pen import Box, Panel, Pen, draw_pattern
+from shards.world.poses import bent_arm, stance
 
 VIEWS = ("front", "side", "back")
 
@@ -19,17 +19,22 @@ class Figure:
         identity: The person.
         view: front, side (facing right before any flip) or back.
         gait: Phase of the step in [0, 1).
+        pose: walking, standing or running; "" for a step of any width.
+        feet_box: After drawing, the box of the lower legs, which tell the pose.
         boxes: After drawing, per attribute the box in which it can be seen; attributes that this view hides are absent.
     """
 
     identity: Identity
     view: str
     gait: float
+    pose: str = ""
     boxes: dict[str, Box] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Work out colours and proportions once."""
         self.seen = effective(self.identity.attributes)
+        self.step = stance(self.pose, self.view, self.gait)
+        self.feet_box: Box = (0.0, 0.0, 0.0, 0.0)
         get = self.identity.attributes
         tint = self.identity.tint
         self.skin = tinted(SKIN[get["skin"]], [0.5 * t for t in tint["skin"]])
@@ -60,14 +65,14 @@ class Figure:
 
     def draw(self, pen: Pen) -> dict[str, Box]:
         """Draw the person and return the attribute boxes in body units."""
-        swing = math.sin(2 * math.pi * self.gait)
+        swing = self.step.swing
         self.boxes = {}
         bags.draw_behind(self, pen)
         if self.seen["hair"] == "long" and self.view != "back":
             self._long_hair(pen)
         if self.view == "side":
             self._arm(pen, 0.0, -swing, self.upper, far=True)
-        self._legs(pen, swing)
+        self._legs(pen)
         self._torso(pen)
         if self.view == "side":
             self._arm(pen, 0.0, swing, self.upper)
@@ -86,12 +91,12 @@ class Figure:
             self.boxes[name] = body
         self.boxes["skin"] = (-self.head, 0.06, self.head, self.chin)
 
-    def _legs(self, pen: Pen, swing: float) -> None:
+    def _legs(self, pen: Pen) -> None:
         kind = self.seen["lower"]
         top, ground = self.crotch - 0.05, 0.955
-        stride = 0.15 * abs(swing) + 0.03 if self.view == "side" else 0.0
+        stride = self.step.stride if self.view == "side" else 0.0
         apart = 0.0 if self.view == "side" else self.hip * 0.52
-        lift = 0.02 * swing
+        lift = self.step.lift
         feet = [(-apart - stride, ground - max(0.0, lift)), (apart + stride, ground - max(0.0, -lift))]
         bare = kind in ("shorts", "skirt")
         for position, foot in enumerate(feet):
@@ -130,6 +135,7 @@ class Figure:
         pen.polygon(waist.patch(-1, 1, 0.5, 0.95), self.trim["belt"])
         box = (-self.hip - stride, self.crotch - 0.02, self.hip + stride, bottom)
         self.boxes["lower"] = self.boxes["lower_colour"] = box
+        self.feet_box = (feet[0][0] - 0.05, 0.78, feet[1][0] + 0.07, 0.995)
         self.boxes["shoes"] = self.boxes["shoe_colour"] = (feet[0][0] - 0.05, 0.91, feet[1][0] + 0.07, 0.995)
 
     def _shoe(self, pen: Pen, foot: tuple[float, float], dark: float) -> None:
@@ -195,6 +201,9 @@ class Figure:
             self.boxes[name] = box
 
     def _arm(self, pen: Pen, side: float, swing: float, colour: RGB, far: bool = False) -> None:
+        if self.step.bent:
+            bent_arm(self, pen, side, swing, colour, far)
+            return
         kind = self.seen["upper"]
         width = self.limb * (1.2 if kind in ("coat", "jacket", "hoodie") else 1.0)
         shoulder = (side * self.shoulder * 0.98, self.neck + 0.045)

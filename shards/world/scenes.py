@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from shards.world.captions import PLURAL, article, listing, say
+from shards.world.captions import MAX_WORDS, PLURAL, Caption, article, describe, listing, say
 from shards.world.draws import Draws
-from shards.world.identity import ATTRIBUTES, UPPER_COLOURS
+from shards.world.identity import ATTRIBUTES, UPPER_COLOURS, make_identity
 from shards.world.items import (
     BAGS,
     HATS,
@@ -19,8 +19,10 @@ from shards.world.items import (
     Cloth,
     draw_item,
 )
+from shards.world.moment import make_moment
 from shards.world.palette import PALETTE, RGB, shade, tinted
 from shards.world.pen import SUPERSAMPLE, Pen
+from shards.world.render import VIEWS, Figure
 
 SIZE = 128
 PLACES: dict[str, tuple[RGB, RGB]] = {
@@ -35,6 +37,8 @@ PLACES: dict[str, tuple[RGB, RGB]] = {
 }
 """Caption words, wall or sky, ground."""
 _NUMBERS = ("one", "two", "three", "four")
+_POSTER_WORDS = 5
+"""Longest introduction of a poster: "a poster in the snow"."""
 _UNCOLOURED = ("glasses", "sunglasses")
 
 
@@ -166,6 +170,31 @@ def _mannequin(pen: Pen, image: Image.Image, draws: Draws) -> str:
     return f"a mannequin {draws.pick(('wearing', 'dressed in', 'with'))} {clothes}"
 
 
+def _poster(image: Image.Image, draws: Draws, instance: float) -> Caption:
+    """Hang a poster of a person, whole or down to the waist, and return the sentence about it."""
+    identity = make_identity(int(draws.uniform() * 2**50), "train", 0, 0)
+    view = draws.pick(VIEWS)
+    moment = make_moment(draws.below(2**50), 0, identity.attributes, 0, 0, instance) if instance else None
+    pose = moment.pose if moment else ""
+    figure = Figure(moment.shown(identity) if moment else identity, view, draws.uniform(), pose)
+    bust = draws.chance(0.4)
+    width, height = int(draws.uniform(0.5, 0.6) * image.width), int(draws.uniform(0.76, 0.86) * image.height)
+    paper = Image.new("RGB", (width, height), shade(PALETTE[draws.pick(("white", "beige", "gray"))], 0.95))
+    size = height * (1.65 if bust else 0.92)
+    pen = Pen(paper, (width / 2, height * 0.04), size, flip=draws.chance(0.5))
+    boxes = {name: pen.box(box) for name, box in figure.draw(pen).items()}
+    if moment:
+        boxes["pose"] = pen.box(figure.feet_box)
+    # Loose at the sides: an arm or a bag may stand out a little.
+    inside = (name for name, box in boxes.items() if box[3] <= height and box[0] > -6 and box[2] < width + 6)
+    corner = (int(draws.uniform(0.05, 0.35) * image.width), int(0.05 * image.height))
+    rim = image.width // 60
+    image.paste((62, 52, 44), (corner[0] - rim, corner[1] - rim, corner[0] + width + rim, corner[1] + height + rim))
+    image.paste(paper, corner)
+    most = MAX_WORDS - _POSTER_WORDS
+    return describe(draws, identity, view, frozenset(inside), 0.5, instance=instance, moment=moment, most_words=most)
+
+
 def _finish(image: Image.Image, draws: Draws, hardness: float) -> Image.Image:
     """Apply exposure, a light cast and noise of a few grey levels."""
     image = image.reduce(SUPERSAMPLE)
@@ -182,18 +211,24 @@ def _finish(image: Image.Image, draws: Draws, hardness: float) -> Image.Image:
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
-def make_scene(draws: Draws, hardness: float) -> Scene:
-    """Return one scene, decided by the stream alone.
+def make_scene(draws: Draws, hardness: float, posters: float = 0.0, instance: float = 0.0) -> Scene:
+    """Return one scene, decided by the arguments alone.
 
     Args:
         draws: Stream of the scene.
         hardness: Strength of its photometric disturbances.
+        posters: Probability that it shows a poster of a person, with all words that sentences about people use.
+        instance: Strength of instance-level content of the posters.
     """
     side = SIZE * SUPERSAMPLE
     image = Image.new("RGB", (side, side))
     pen = Pen(image, (0.0, 0.0), float(side))
     place = draws.pick(list(PLACES))
     horizon = _background(pen, draws, place)
+    if posters and draws.chance(posters):
+        kind = draws.pick(("a poster", "a painting", "a photo"))
+        caption = f"{kind} {place}. {_poster(image, draws, instance).text}"
+        return Scene(_finish(image, draws, hardness), caption, 80 + draws.below(15))
     phrase = _mannequin(pen, image, draws) if draws.chance(0.25) else _arranged(pen, image, draws, horizon)
     frame = draws.pick(("{} {}.", "a picture of {} {}.", "there is {} {}.", "we see {} {}.", "{} can be seen {}."))
     caption = frame.format(phrase, place)

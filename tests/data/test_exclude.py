@@ -1,36 +1,54 @@
-"""Reading lists of identities that must not be trained on."""
+"""Lists of what must not be trained on: reading them, and which rows they leave."""
 
+import hashlib
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from reid_dist.data.exclude import read_exclusions
+from reid_dist.data.exclude import NOTHING, Exclusions, read_exclusions
+from reid_dist.data.reader import ShardSet
 from reid_dist.errors import UserError
 
+IMAGE = hashlib.sha256(b"an image").hexdigest()
 
-def _read(path: Path, content: bytes) -> frozenset[str]:
+
+def _read(path: Path, content: bytes) -> Exclusions:
     path.write_bytes(content)
     return read_exclusions(path)
 
 
-def test_identities_comments_and_blank_lines(tmp_path: Path) -> None:
-    content = "# made by hand\n\n  # indented\ncuhk_pedes:12\nmarket1501:0002 \r\na-b:x:y#1\ncuhk_pedes:12\nset:é"
-    expected = {"cuhk_pedes:12", "market1501:0002", "a-b:x:y#1", "set:é"}
-    assert _read(tmp_path / "exclude.txt", content.encode()) == expected
+def test_identities_images_comments_and_blank_lines(tmp_path: Path) -> None:
+    content = (
+        "\ufeff# made by hand\n\n  # indented\ncuhk_pedes:12\nmarket1501:0002 \r\na-b:x:y#1\ncuhk_pedes:12\n"
+        f"sha256:{IMAGE.upper()}\nsha256:{IMAGE}\nx:sha256:{IMAGE}\nset:é"
+    )
+    read = _read(tmp_path / "exclude.txt", content.encode())
+    assert read.pids == {"cuhk_pedes:12", "market1501:0002", "a-b:x:y#1", "set:é", f"x:sha256:{IMAGE}"}
+    assert read.images == {IMAGE} and read
 
 
 @pytest.mark.parametrize("content", [b"", b"# only a head\n", b"\n \n"])
 def test_lists_may_be_empty(tmp_path: Path, content: bytes) -> None:
-    assert _read(tmp_path / "exclude.txt", content) == frozenset()
+    read = _read(tmp_path / "exclude.txt", content)
+    assert read == NOTHING and not read
 
 
-@pytest.mark.parametrize("line", ["12", "a:1 b:2", "a: 1", "a :1", "a:", ":1", "a:1 # why", "a/b:1", "a:1,a:2 x"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("12", "a:1 b:2", "a: 1", "a :1", "a:", ":1", "a:1 # why", "a/b:1", "a:1,a:2 x"),
+        *("sha256:", "sha256:12", f"sha256:{IMAGE}0", f"sha256:{IMAGE[1:]}g", f"sha256: {IMAGE}", IMAGE),
+    ],
+)
 def test_anything_else_is_refused(tmp_path: Path, line: str) -> None:
     with pytest.raises(UserError) as caught:
         _read(tmp_path / "exclude.txt", f"# head\na:1\n{line}\n".encode())
     message = str(caught.value)
-    assert message.startswith(f'{tmp_path / "exclude.txt"}: line 3 "{line}" is not an identity')
-    assert "\n" not in message
+    assert message.startswith(f'{tmp_path / "exclude.txt"}: line 3 "{line[:60]}" is neither an identity nor an image; ')
+    assert '"dataset:raw id" or "sha256:<64 hex digits>"' in message and "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -46,4 +64,22 @@ def test_unreadable_file_names_the_command(tmp_path: Path, content: bytes | None
         read_exclusions(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and f"({reason})" in message and "\n" not in message
-    assert f"`python -m shards.overlap --train DIR... --eval DIR... --out {path}`" in message
+    assert f"`python -m shards.verify --overlap DIR... --out {path}`" in message
+
+
+def test_rows_that_are_kept(build: Callable[..., Path]) -> None:
+    shards = ShardSet(build("tiny", train=4))
+    rows = np.random.default_rng(5).permutation(len(shards))[:17].astype(np.int64)
+    pids = frozenset({"tiny:1", "tiny:3", "other:2", "tiny:77"})
+    images = frozenset({hashlib.sha256(shards.image_bytes(row)).hexdigest() for row in (0, 7, 13)} | {"f" * 64})
+    for exclusions in (NOTHING, Exclusions(pids), Exclusions(images=images), Exclusions(pids, images)):
+        expected = [
+            row
+            for row in rows.tolist()
+            if shards.sample(row).pid not in exclusions.pids
+            and hashlib.sha256(shards.image_bytes(row)).hexdigest() not in exclusions.images
+        ]
+        for same in (exclusions, pickle.loads(pickle.dumps(exclusions))):
+            kept = same.keeps(shards, rows)
+            assert kept.tolist() == expected and kept.dtype == np.int64
+    assert NOTHING.keeps(shards, rows[:0]).tolist() == []

@@ -1,7 +1,9 @@
 """Reading shard sets by index, and refusing what is not one."""
 
+import hashlib
 import json
 import multiprocessing
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -10,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reid_dist.data import reader
+from reid_dist.data import byte_ranges
 from reid_dist.data.reader import ShardSet
+from reid_dist.data.sample import content_digest
 from reid_dist.errors import UserError
 
 Build = Callable[..., Path]
@@ -49,17 +52,17 @@ def test_pickle_and_fork(build: Build) -> None:
     shards = ShardSet(build())
     expected = shards.image_bytes(3)  # opens a descriptor that must not travel
     copy = pickle.loads(pickle.dumps(shards))
-    assert copy._descriptors == {} and copy.image_bytes(3) == expected
+    assert copy._ranges._descriptors == {} and copy.image_bytes(3) == expected
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.map(shards.image_bytes, [3, 3]) == [expected, expected]
 
 
 def test_few_descriptors_stay_open(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(byte_ranges, "MAX_OPEN_FILES", 1)
     shards = ShardSet(build(shard_bytes=4_000))
     keys = [shards.key(row) for row in [0, 21, 0, 21, 10]]
     assert keys == ["s000", "s021", "s000", "s021", "s010"]
-    assert len(shards._descriptors) == 1
+    assert len(shards._ranges._descriptors) == 1
 
 
 def test_missing_folder_names_the_command(tmp_path: Path) -> None:
@@ -160,12 +163,135 @@ def test_index_of_another_kind_and_pickles_are_refused(build: Build) -> None:
         ShardSet(folder)
 
 
-def test_damaged_record_names_the_sample(build: Build) -> None:
+def _damage(file: Path, offset: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(("kind", "what"), [("image", "image"), ("json", "JSON record")])
+def test_a_flipped_bit_names_the_sample(build: Build, kind: str, what: str) -> None:
     folder = build()
     shards = ShardSet(folder)
     entry = shards.index[2]
-    with (folder / "tiny-000000.tar").open("r+b") as file:
-        file.seek(int(entry["json_offset"]))
-        file.write(b"[")
-    with pytest.raises(UserError, match=r"shard tiny-000000\.tar, sample s002: the JSON record is damaged"):
+    # In the last byte: no decoder and no parser would notice.
+    _damage(folder / "tiny-000000.tar", int(entry[f"{kind}_offset"] + entry[f"{kind}_size"]) - 1)
+    read = shards.image_bytes if kind == "image" else shards.sample
+    with pytest.raises(
+        UserError, match=rf"shard tiny-000000\.tar, sample s002: the {what} is damaged .*sha256"
+    ) as caught:
+        read(2)
+    assert "python -m shards.write" in str(caught.value) and "\n" not in str(caught.value)
+    assert shards.image_bytes(1) and shards.sample(1)
+
+
+def test_a_record_that_is_none_names_the_sample(build: Build) -> None:
+    folder = build()
+    _unhashed(folder)
+    index = np.load(folder / "index.npy")
+    index["json_size"][2] -= 1
+    start, size = int(index["json_offset"][2]), int(index["json_size"][2])
+    tar = (folder / "tiny-000000.tar").read_bytes()
+    index["json_digest"][2] = content_digest(tar[start : start + size])
+    np.save(folder / "index.npy", index)
+    with pytest.raises(UserError, match=r"sample s002: the JSON record is damaged \(Invalid JSON"):
+        ShardSet(folder).sample(2)
+
+
+def test_a_shard_that_vanishes_is_named(build: Build) -> None:
+    folder = build()
+    shards = ShardSet(folder)
+    (folder / "tiny-000000.tar").unlink()
+    with pytest.raises(
+        UserError, match=r"tiny \(tiny\), shard tiny-000000\.tar, sample \? \(row 2\): .*opened \(No such"
+    ):
+        shards.image_bytes(2)
+    (folder / "tiny-000000.tar").mkdir()
+    with pytest.raises(UserError, match=r"tiny-000000\.tar: not a file; restore"):
         shards.sample(2)
+
+
+def test_a_shard_that_shrinks_is_named(build: Build) -> None:
+    folder = build()
+    shards = ShardSet(folder)
+    assert shards.image_bytes(0)
+    os.truncate(folder / "tiny-000000.tar", 600)
+    with pytest.raises(UserError, match=r"sample \? \(row 1\): .*tiny-000000\.tar: ends inside a sample; restore"):
+        shards.image_bytes(1)
+
+
+def _foreign(folder: Path, tars: Path, **shard: object) -> Path:
+    """A second folder that only indexes the tars of the first: its records are lines of records.jsonl."""
+    own = ShardSet(tars)
+    folder.mkdir()
+    index, lines = own.index.copy(), b""
+    for row in range(len(own)):
+        line = own.sample(row).model_dump_json().encode()
+        index["json_offset"][row], index["json_size"][row] = len(lines), len(line)
+        index["json_digest"][row] = content_digest(line)
+        lines += line + b"\n"
+    np.save(folder / "index.npy", index)
+    (folder / "records.jsonl").write_bytes(lines)
+    manifest = json.loads((tars / "manifest.json").read_text())
+    for each in manifest["shards"]:
+        each.update({"location": str(tars / each["name"])} | shard)
+    manifest["index_sha256"] = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
+    manifest["records_sha256"] = hashlib.sha256(lines).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_tars_elsewhere_with_records_beside_the_index(build: Build, tmp_path: Path) -> None:
+    own = ShardSet(build())
+    foreign = ShardSet(_foreign(tmp_path / "foreign", own.path))
+    for shards in (foreign, pickle.loads(pickle.dumps(foreign))):
+        for row in range(len(own)):
+            assert shards.sample(row) == own.sample(row) and shards.image_bytes(row) == own.image_bytes(row)
+        assert shards.key(3) == "s003"
+    _damage(tmp_path / "foreign" / "records.jsonl", int(foreign.index["json_offset"][4]) + 1)
+    with pytest.raises(UserError, match=r"sample s004: the JSON record is damaged .*shards\.index build"):
+        foreign.sample(4)
+    os.truncate(tmp_path / "foreign" / "records.jsonl", 10)
+    with pytest.raises(UserError, match=r"records\.jsonl: ends inside a record"):
+        foreign.sample(1)
+    with pytest.raises(UserError, match=r"records\.jsonl: ends before the last record"):
+        ShardSet(tmp_path / "foreign")
+    (tmp_path / "foreign" / "records.jsonl").unlink()
+    with pytest.raises(UserError, match=r"records\.jsonl: cannot be opened"):
+        ShardSet(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [
+        ("tiny-000000.tar", "no absolute path"),
+        ("../tiny/tiny-000000.tar", "no absolute path"),
+        ("pipe:cat /etc/passwd", "scheme pipe: is not read"),
+        ("/nowhere/x.tar", "missing shard"),
+        ("/dev/zero", "missing shard"),
+    ],
+)
+def test_other_places_of_tars_are_refused(build: Build, tmp_path: Path, location: str, reason: str) -> None:
+    folder = _foreign(tmp_path / "foreign", build(), location=location)
+    with pytest.raises(UserError, match=reason):
+        ShardSet(folder)
+
+
+def test_image_digests_need_no_reading(build: Build) -> None:
+    shards = ShardSet(build())
+    rows = shards.rows("test")
+    digests = shards.image_digests(rows)
+    assert digests.dtype == np.uint64
+    assert digests.tolist() == [
+        int.from_bytes(hashlib.sha256(shards.image_bytes(row)).digest()[:8], "little") for row in rows.tolist()
+    ]
+
+
+def test_location_is_absolute(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build()
+    monkeypatch.chdir(folder.parent)
+    shards = ShardSet(folder.name)
+    assert shards.location == str(folder) and str(shards.path) == folder.name
+    monkeypatch.chdir("/")
+    assert shards.image_bytes(0)
+    assert ShardSet(f"file://{folder}").location == str(folder)

@@ -5,16 +5,22 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from reid_dist.data.tokenizer import (
+    NO_LABEL,
+    Tokenizer,
     WordTokenizer,
     build_tokenizer,
     main,
+    mask_words,
     read_vocabulary,
+    split_words,
     write_vocabulary,
 )
+from reid_dist.data.transforms import sample_rng
 from reid_dist.errors import UserError
 
 Build = Callable[..., Path]
@@ -103,3 +109,128 @@ def test_build_says_what_is_wrong(build: Build, tmp_path: Path, capsys: pytest.C
     assert main(["build", str(build(captions=0)), "--out", str(tmp_path / "v.txt")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "no such shard folder" in lines[0] and "no captions" in lines[1]
+
+
+# Hiding words
+
+SENTENCE = (
+    "a woman with reddish-pink sneakers carries a dark turquoise messengerbag and a polkadotted umbrella in both hands"
+)
+_WORDS = sorted({word for word in split_words(SENTENCE) if word != "umbrella"})
+
+
+def _tokenizers() -> list[Tokenizer]:
+    return [WordTokenizer(_WORDS, 30, 50), build_tokenizer(None, "ViT-B-16", 40, 49408)]
+
+
+def _words_of(tokenizer: Tokenizer, text: str) -> list[list[int]]:
+    """Oracle: the positions of each word's tokens, from tokenising the words one by one."""
+    if isinstance(tokenizer, WordTokenizer):
+        words = split_words(text)
+        return [[1 + position] for position, word in enumerate(words) if word in _WORDS]
+    spans, position = [], 1
+    for word in text.replace("-", " - ").split():
+        count = int((tokenizer([word])[0] != 0).sum()) - 2
+        spans.append(list(range(position, position + count)))
+        position += count
+    return spans
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_word_numbers(number: int) -> None:
+    tokenizer = _tokenizers()[number]
+    token_L = tokenizer([SENTENCE])[0].numpy()
+    number_L = tokenizer.word_numbers(token_L)
+    found = [np.flatnonzero(number_L == word).tolist() for word in np.unique(number_L) if word >= 0]
+    assert found == _words_of(tokenizer, SENTENCE)
+    if number == 1:
+        assert max(map(len, found)) >= 3  # words of several pieces are there
+    assert (tokenizer.word_numbers(tokenizer([""])[0].numpy()) == -1).all()
+    assert (tokenizer.word_numbers(np.zeros(30, np.int64)) == -1).all()  # the row of a sample without captions
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_hidden_words(number: int) -> None:
+    """Rates by statistics (4 standard errors), everything else in each single draw."""
+    tokenizer = _tokenizers()[number]
+    token_L = tokenizer([SENTENCE])[0].numpy()
+    words = _words_of(tokenizer, SENTENCE)
+    eligible = {position for word in words for position in word}
+    before = token_L.copy()
+    chosen, fates, wrong = 0, {"mask": 0, "same": 0, "wrong": 0}, []
+    rounds = 3000
+    for row in range(rounds):
+        masked_L, label_L = mask_words(tokenizer, token_L, sample_rng(0, 0, row))
+        assert masked_L.dtype == label_L.dtype == np.int64
+        labelled = set(np.flatnonzero(label_L != NO_LABEL).tolist())
+        assert labelled and labelled <= eligible
+        assert set(np.flatnonzero(masked_L != token_L).tolist()) <= labelled
+        assert all(label_L[position] == token_L[position] for position in labelled)
+        for word in words:
+            if word[0] not in labelled:
+                assert not labelled & set(word)
+                continue
+            assert set(word) <= labelled  # whole or not at all
+            chosen += 1
+            new = masked_L[word]
+            if (new == tokenizer.mask_id).all():
+                fates["mask"] += 1
+            elif np.array_equal(new, token_L[word]):
+                fates["same"] += 1
+            else:
+                fates["wrong"] += 1
+                wrong.extend(new.tolist())
+    assert np.array_equal(token_L, before)
+    # At least one word is hidden, which adds the chance that none would have been.
+    share = 0.15 + 0.85 ** len(words) / len(words)
+    trials = rounds * len(words)
+    assert abs(chosen / trials - share) < 4 * (share / trials) ** 0.5
+    # A random token of a short list is now and then the old one.
+    same = 0.1 + (0.1 / len(_WORDS) if number == 0 else 0)
+    for fate, expected in (("mask", 0.8), ("same", same), ("wrong", 0.2 - same)):
+        assert abs(fates[fate] / chosen - expected) < 4 * (expected / chosen) ** 0.5, fate
+    low, high = tokenizer.word_ids
+    assert low <= min(wrong) and max(wrong) < high and tokenizer.mask_id not in wrong
+    assert len(set(wrong)) > (0.8 * len(_WORDS) if number == 0 else 0.9 * len(wrong))
+
+
+def test_hiding_is_seeded_and_draws_alike() -> None:
+    tokenizer = _tokenizers()[0]
+    rows = tokenizer([SENTENCE, "a woman", "umbrella", ""]).numpy()
+    following = set()
+    for token_L in rows:
+        rng = sample_rng(1, 2, 3, 4)
+        masked_L, label_L = mask_words(tokenizer, token_L, rng)
+        following.add(float(rng.random()))
+        again = mask_words(tokenizer, token_L, sample_rng(1, 2, 3, 4))
+        assert np.array_equal(masked_L, again[0]) and np.array_equal(label_L, again[1])
+    assert len(following) == 1
+    # No word that it knows: nothing is asked.
+    for token_L in rows[2:]:
+        masked_L, label_L = mask_words(tokenizer, token_L, sample_rng(0, 0, 0))
+        assert np.array_equal(masked_L, token_L) and (label_L == NO_LABEL).all()
+
+
+def test_share_of_hidden_words() -> None:
+    tokenizer = _tokenizers()[0]
+    token_L = tokenizer([SENTENCE])[0].numpy()
+    known = len(_words_of(tokenizer, SENTENCE))
+    for share, least, most in ((0.0, 1, 1), (1.0, known, known), (0.5, 1, known)):
+        counts = [(mask_words(tokenizer, token_L, sample_rng(0, 0, r), share)[1] != NO_LABEL).sum() for r in range(50)]
+        assert least <= min(counts) and max(counts) <= most
+    first = [np.flatnonzero(mask_words(tokenizer, token_L, sample_rng(0, 0, r), 0.0)[1] + 100)[0] for r in range(400)]
+    assert len(set(first)) == known  # the one that is hidden at least may be any
+
+
+def test_the_word_under_the_mask_is_never_asked_for() -> None:
+    tokenizer = build_tokenizer(None, "ViT-B-16", 10, 49408)
+    token_L = tokenizer(["a jekyll"])[0].numpy()
+    assert tokenizer.mask_id == 49405 and tokenizer.mask_id in token_L
+    assert tokenizer.word_numbers(token_L).tolist() == [-1, 0] + [-1] * 8
+
+
+def test_tokenizers_without_a_mask_say_so() -> None:
+    tokenizer = _tokenizers()[0]
+    tokenizer.mask_id = -1
+    with pytest.raises(UserError, match="no mask token; give a vocabulary file"):
+        mask_words(tokenizer, np.zeros(30, np.int64), sample_rng(0, 0, 0))

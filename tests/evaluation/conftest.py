@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reid_dist.data.sample import INDEX_DTYPE, ROLES, SPLITS, Sample
+from reid_dist.data.sample import INDEX_DTYPE, ROLES, SPLITS, Sample, content_digest
 
 Entry = tuple[str, int, str, list[str]]  # pid, camera, role, captions
 COLOURS = (
@@ -63,7 +63,8 @@ def write_set(folder: Path, entries: list[Entry], name: str = "toy", split: str 
                 _add(tar, f"{i:06d}.json", record),
             )
             pid_index = identities.index(f"{name}:{pid}")
-            files = (image_offset, len(image), json_offset, len(record))
+            digests = (content_digest(image), content_digest(record))
+            files = (image_offset, len(image), json_offset, len(record), *digests)
             index[i] = (0, *files, pid_index, camid, SPLITS.index(split), ROLES.index(role), len(captions))
     data = (folder / "toy-000000.tar").read_bytes()
     np.save(folder / "index.npy", index)

@@ -111,7 +111,7 @@ def test_an_image_that_does_not_decode_stops_both_ranks(tiny_world: Path, tmp_pa
 def test_a_bad_image_of_one_rank_is_told_once_and_without_a_traceback(tiny_world: Path, tmp_path: Path) -> None:
     broken = tmp_path / "shards"
     shutil.copytree(tiny_world, broken, ignore=shutil.ignore_patterns("raw"))
-    overrides = data_overrides(broken, tmp_path / "run")
+    overrides = [*data_overrides(broken, tmp_path / "run"), "stages.pretrain.data.reader=index"]
     config = load_config(
         ROOT / RECIPE, [*overrides, f"model.architecture={ROOT / 'configs/models/row_conv_tiny.json'}"]
     )
@@ -123,7 +123,7 @@ def test_a_bad_image_of_one_rank_is_told_once_and_without_a_traceback(tiny_world
         file.seek(int(entry["image_offset"]))
         file.write(b"\0" * 64)
     before = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
-    result = deepspeed(broken, tmp_path / "run")
+    result = deepspeed(broken, tmp_path / "run", "stages.pretrain.data.reader=index")
     assert result.returncode == 2, result.stderr
     assert shards.key(int(loader.samples.row_N[sample])) in result.stderr
     assert "Traceback" not in result.stderr

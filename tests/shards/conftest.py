@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,12 @@ def draw(path: Path, number: int) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG")
     path.write_bytes(buffer.getvalue())
+
+
+@pytest.fixture
+def draw_at() -> Callable[[Path, int], None]:
+    """`draw`, for tests that make trees of their own."""
+    return draw
 
 
 @pytest.fixture

@@ -1,10 +1,19 @@
 """Cameras and pictures: independence, geometry, visible attributes."""
 
-import numpy as np
+from colorsys import rgb_to_hsv
+from dataclasses import replace
+from itertools import product
 
-from shards.world.camera import CAMERAS, MAX_HEIGHT, MIN_HEIGHT, make_camera, render, strength
+import numpy as np
+from PIL import Image
+
+from shards.world.backdrop import PLACES, draw_backdrop
+from shards.world.camera import CAMERAS, MAX_HEIGHT, MIN_HEIGHT, _expose, make_camera, render, strength
 from shards.world.draws import Draws
-from shards.world.identity import make_identity
+from shards.world.identity import ATTRIBUTES, make_identity
+from shards.world.palette import SKIN
+from shards.world.pen import Pen
+from shards.world.render import Figure
 
 
 def test_a_picture_depends_on_its_key_alone() -> None:
@@ -45,3 +54,36 @@ def test_draws_are_uniform_and_seeded() -> None:
     assert sorted(draws.shuffled(range(9))) == list(range(9))
     assert all(abs(draws.normal(limit=1.0)) <= 1.0 for _ in range(200))
     assert {draws.weighted("ab", (0.0, 1.0)) for _ in range(50)} == {"b"}
+
+
+def test_skin_seldom_turns_magenta() -> None:
+    """Casts level off: hues between violet and pink are rare on skin, also beyond hardness 1."""
+    for hardness, limit in ((0.35, 0.02), (1.0, 0.08), (2.0, 0.1)):
+        magenta = total = 0
+        for seed, camera, skin in product(range(6), range(CAMERAS), SKIN.values()):
+            patch = Image.new("RGB", (24, 48), skin)
+            shown = np.asarray(_expose(patch, make_camera(seed, camera, hardness), Draws(seed, camera, 7)))
+            hue, saturation, _ = rgb_to_hsv(*(shown.reshape(-1, 3).mean(axis=0) / 255))
+            magenta += 270 <= 360 * hue <= 340 and saturation > 0.25
+            total += 1
+        assert magenta <= limit * total, (hardness, magenta, total)
+
+
+def test_backgrounds_are_places_and_not_noise() -> None:
+    """Neighbouring pixels of a clean panorama are mostly of the same colour."""
+    for place in PLACES:
+        panorama = np.asarray(draw_backdrop(Draws(5, 1), place, 256), dtype=np.int16)
+        same = (np.abs(np.diff(panorama, axis=1)).max(axis=2) == 0).mean()
+        assert same > 0.93 and len(np.unique(panorama.reshape(-1, 3), axis=0)) > 4, place
+
+
+def test_a_backpack_is_seen_from_behind_over_every_garment() -> None:
+    base = next(
+        one for one in (make_identity(1, "train", i, 0) for i in range(99)) if one.attributes["hair"] == "short"
+    )
+    for garment in ATTRIBUTES["upper"]:
+        worn = {**base.attributes, "upper": garment, "upper_colour": "black", "bag": "backpack", "bag_colour": "yellow"}
+        image = Image.new("RGB", (128, 256))
+        boxes = Figure(replace(base, attributes=worn), "back", 0.3).draw(Pen(image, (64, 8), 240))
+        pixels = np.asarray(image)
+        assert "bag" in boxes and ((pixels[..., 0] > 180) & (pixels[..., 2] < 120)).mean() > 0.03

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from PIL import Image
 
 from reid_dist.errors import UserError
 from shards.world import export as export_module
-from shards.world import trees
-from shards.world.__main__ import main
+from shards.world.__main__ import KNOBS, main
 from shards.world.export import export
+from shards.world.formats import EXPORTERS, img2dataset
+from shards.world.formats.img2dataset import other_world
 from shards.world.spec import LEVELS, ExportSpec, World
-from shards.world.trees import EXPORTERS, other_world
 from shards.world.vocabulary import coverage_of
 
+ROOT = Path(__file__).parents[3]
 WORLD = World(0, 0.35, 1, 0.7, 0.0)
 
 
@@ -131,16 +133,16 @@ def test_img2dataset_layout(pairs: Path) -> None:
 
 
 def test_rows_beyond_a_shard_get_the_next_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(trees, "SHARD_SIZE", 4)
+    monkeypatch.setattr(img2dataset, "SHARD_SIZE", 4)
     export(_spec("img2dataset", ids=6), tmp_path / "out")
     assert (tmp_path / "out" / "00001" / "000010001.jpg").is_file()
     assert json.loads((tmp_path / "out" / "00001_stats.json").read_text())["count"] == 2
 
 
 def test_generic_corpus_covers_the_caption_vocabulary(cuhk: Path, pairs: Path) -> None:
-    share, missing, size = coverage_of(pairs, cuhk)
-    assert share >= 90, missing
-    assert 110 <= size <= 165
+    found = coverage_of(pairs, cuhk)
+    assert found.word_share >= 90 and found.occurrence_share >= 99, found.missing
+    assert 110 <= found.words <= 165
 
 
 def test_person_pairs_come_from_another_world() -> None:
@@ -149,7 +151,7 @@ def test_person_pairs_come_from_another_world() -> None:
     assert other.identity("train", 0).attributes != WORLD.identity("train", 0).attributes
 
 
-@pytest.mark.parametrize("form", list(EXPORTERS))
+@pytest.mark.parametrize("form", ["cuhk_pedes", "market1501", "img2dataset"])
 def test_workers_do_not_change_a_tree(form: str, tmp_path: Path) -> None:
     spec = _spec(form, ids=20, test_ids=0)
     export(spec, tmp_path / "one", workers=1)
@@ -199,7 +201,7 @@ def test_termination_leaves_nothing(workers: str, tmp_path: Path) -> None:
         "--ids",
         "5000",
     ]
-    process = subprocess.Popen([*command, "--seed", "0", "--workers", workers], cwd=Path(__file__).parents[3])
+    process = subprocess.Popen([*command, "--seed", "0", "--workers", workers], cwd=ROOT)
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob(".out.partial-*/*/*.jpg")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -214,6 +216,15 @@ def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("form", list(EXPORTERS))
+def test_every_format_can_be_exported_twice_the_same(form: str, tmp_path: Path) -> None:
+    spec = ExportSpec(form, replace(WORLD, instance=0.5), 3, 2, 1, 3, 0.4)
+    for out in (tmp_path / "one", tmp_path / "two"):
+        export(spec, out)
+        assert json.loads((out / "world.json").read_text())["parameters"]["format"] == form
+    assert _digest(tmp_path / "one") == _digest(tmp_path / "two")
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -224,6 +235,14 @@ def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
         (["--ids", "0"], "--ids"),
         (["--ids", "many"], "--ids"),
         (["--workers", "0"], "--workers"),
+        (["--hardness", "nan"], "--hardness"),
+        (["--instance", "1.1"], "--instance"),
+        (["--cameras", "1"], "--cameras"),
+        (["--cameras", "51"], "--cameras"),
+        (["--unseen-cameras", "1"], "--unseen-cameras"),
+        (["--unseen-cameras", "6"], "--unseen-cameras"),
+        (["--held-out", "6"], "--held-out"),
+        (["--style", "verse"], "--style"),
     ],
 )
 def test_wrong_values_give_one_line_and_exit_2(
@@ -232,7 +251,51 @@ def test_wrong_values_give_one_line_and_exit_2(
     command = ["export", "cuhk_pedes", "--out", str(tmp_path / "out"), "--ids", "2", "--seed", "0", *flags]
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert named in error and error.count("\n") == 1
+    assert error.startswith("error: ") and named in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_knobs_reach_the_world_by_name(tmp_path: Path) -> None:
+    flags = "--hardness .1 --siblings 2 --coverage .9 --wrong .3 --instance .5 --cameras 9 --unseen-cameras 2"
+    flags += " --held-out 4 --style list --ids 2 --test-ids 1 --images 2 --seed 8"
+    assert main(["export", "cuhk_pedes", "--out", str(tmp_path / "out"), *flags.split()]) == 0
+    stored = json.loads((tmp_path / "out" / "world.json").read_text())["parameters"]
+    assert World(**stored["world"]) == World(8, 0.1, 2, 0.9, 0.3, 0.5, 9, 2, 4, "list", "list")
+    assert (stored["ids"], stored["test_ids"], stored["images"]) == (2, 1, 2)
+
+
+def test_every_knob_and_level_is_documented() -> None:
+    text = (ROOT / "docs" / "world.md").read_text()
+    assert [name for name in KNOBS if f"`--{name.replace('_', '-')}`" not in text] == []
+    for name, level in LEVELS.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
+        values = [float(cell) for cell in row.split("|")[2:6]]
+        assert values == [level["hardness"], level["siblings"], level["coverage"], level["wrong"]], name
+
+
+def test_more_cameras_than_file_names_can_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--out", str(tmp_path / "out"), "--ids", "1", "--test-ids", "0", "--images", "2", "--cameras", "15"]
+    assert main(["export", "market1501", *command]) == 2
+    assert "--cameras 15: must be between 2 and 9 for market1501" in capsys.readouterr().err
+    assert main(["export", "msmt17", *command]) == 0
+
+
+def test_a_full_disk_is_no_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["export", "cuhk_pedes", "--out", str(tmp_path / "out"), "--ids", "1", "--test-ids", "0"]) == 1
+    assert "error: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_speed_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["speed", "--images", "17", "--level", "claims"]) == 0
+    found = re.match(r"(\d+) images/s of wall clock, (\d+) images/s of processor time", capsys.readouterr().out)
+    assert found and int(found[2]) > 20
+    assert main(["speed", "--images", "0"]) == 2
 
 
 def test_unknown_format_and_missing_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,4 +318,29 @@ def test_oracle_and_vocabulary_commands(cuhk: Path, market: Path, pairs: Path, t
 
 def test_levels() -> None:
     assert LEVELS["quickstart"] == {"hardness": 0.35, "siblings": 1, "coverage": 0.7, "wrong": 0.0}
-    assert LEVELS["claims"]["hardness"] == 0.6
+
+
+ONE_PICTURE = """
+import hashlib, json, sys
+from shards.world.spec import World
+card, shot, parameters = json.loads(sys.argv[1])
+world = World(**parameters)
+identity = world.identity(card["split"], card["key"] % 10_000_000)
+picture = world.picture(identity, shot[0], shot[1])
+print(hashlib.sha256(picture.jpeg()).hexdigest())
+print(json.dumps([caption.text for caption in world.captions(identity, shot[0], shot[1], picture)]))
+"""
+
+
+@pytest.mark.parametrize("instance", [0.0, 0.7])
+def test_a_single_picture_made_alone_equals_the_exported_one(instance: float, tmp_path: Path) -> None:
+    spec = _spec("cuhk_pedes", world=replace(WORLD, instance=instance), test_ids=3, ids=3)
+    export(spec, tmp_path / "out")
+    tree = json.loads((tmp_path / "out" / "world.json").read_text())
+    entry = json.loads((tmp_path / "out" / "reid_raw.json").read_text())[-5]
+    path = entry["file_path"]
+    order = [tree["identities"][str(entry["id"])], tree["shots"][path], tree["parameters"]["world"]]
+    command = [sys.executable, "-c", ONE_PICTURE, json.dumps(order)]
+    made = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
+    assert made[0] == hashlib.sha256((tmp_path / "out" / "imgs" / path).read_bytes()).hexdigest()
+    assert json.loads(made[1]) == entry["captions"]

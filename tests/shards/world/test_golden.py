@@ -10,6 +10,7 @@ and measure the baselines again.
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from shards.world.draws import Draws
@@ -18,6 +19,7 @@ from shards.world.spec import World
 
 GOLDEN = Path(__file__).with_name("golden.json")
 WORLD = World(0, 0.35, 1, 0.7, 0.0)
+DEEPER = replace(WORLD, instance=1.0, cameras=15, held_out=4, style="action", test_style="list")
 
 
 def _sha(data: bytes) -> str:
@@ -42,6 +44,15 @@ def measure() -> dict[str, str]:
             name = f"{split} {index} camera {camera}"
             found[f"{name} pixels"] = _sha(str(picture.image.size).encode() + picture.image.tobytes())
             found[f"{name} captions"] = _sha("\n".join(texts).encode())
+    for split, index, camera in (("train", 3, 14), ("test", 2, 9), ("test", 5, 0), ("train", 8, 6)):
+        identity = DEEPER.identity(split, index)
+        picture = DEEPER.picture(identity, camera, 1)
+        captions = DEEPER.captions(identity, camera, 1, picture)
+        name = f"deeper {split} {index} camera {camera}"
+        found[f"{name} pixels"] = _sha(str(picture.image.size).encode() + picture.image.tobytes())
+        found[f"{name} captions"] = _sha(repr([(caption.text, caption.mentions) for caption in captions]).encode())
+    poster = make_scene(Draws(0, 9), 0.35, posters=1.0, instance=0.5)
+    found["poster"] = _sha(poster.image.tobytes() + poster.caption.encode())
     for number in range(4):
         scene = make_scene(Draws(0, number), 0.35)
         found[f"scene {number} pixels"] = _sha(scene.image.tobytes())

@@ -1,48 +1,25 @@
-"""The oracle's closed forms against enumeration, and its rules on small worlds."""
+"""The oracle against readers that are played through, and its rules on small worlds."""
 
-from itertools import permutations
+import random
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 import pytest
 
 from reid_dist.errors import UserError
-from shards.world.oracle import (
-    TieGroup,
-    expected_metrics,
-    image_ceiling,
-    read_world,
-    text_ceiling,
-    violations,
-)
+from shards.world.export import export
+from shards.world.identity import effective
+from shards.world.oracle import ceilings, contradictions, estrangement, image_ceiling, read_world, text_ceiling
+from shards.world.spec import ExportSpec, World
+from shards.world.ties import METRICS
 
-
-def _enumerated(group: TieGroup) -> dict[str, float]:
-    sums = dict.fromkeys(("R1", "R5", "R10", "mAP", "mINP"), 0.0)
-    orders = list(permutations(range(group.size)))
-    for order in orders:
-        places = sorted(group.ahead + place + 1 for place, item in enumerate(order) if item < group.positives)
-        for rank in (1, 5, 10):
-            sums[f"R{rank}"] += places[0] <= rank
-        sums["mAP"] += sum((hit + 1) / place for hit, place in enumerate(places)) / len(places)
-        sums["mINP"] += len(places) / places[-1]
-    return {name: value / len(orders) for name, value in sums.items()}
-
-
-@pytest.mark.parametrize(
-    ("ahead", "size", "positives"),
-    [(0, 1, 1), (0, 6, 1), (0, 6, 3), (0, 7, 7), (3, 6, 2), (4, 7, 2), (9, 5, 2), (12, 4, 1)],
-)
-def test_closed_forms_equal_enumeration(ahead: int, size: int, positives: int) -> None:
-    group = TieGroup(ahead, size, positives)
-    assert expected_metrics(group) == pytest.approx(_enumerated(group), abs=1e-12)
+BASE = {"pattern": "plain", "hair": "bald", "bag": "none", "hat": "none", "upper_colour": "red"}
 
 
 def _tree(attributes: dict[str, dict[str, str]], **more: object) -> dict[str, object]:
     cards = {number: {"split": "test", "attributes": values} for number, values in attributes.items()}
-    return {"identities": cards, **more}
-
-
-BASE = {"pattern": "plain", "hair": "bald", "bag": "none", "hat": "none", "upper_colour": "red"}
+    return {"identities": cards, "parameters": {"world": {"seed": 0}}, **more}
 
 
 def test_text_ceiling_ties_the_identities_that_agree() -> None:
@@ -65,6 +42,7 @@ def test_image_ceiling_follows_the_market_rules() -> None:
         "bounding_box_test/0002_c1s1_000001_01.jpg": [0, 1, "front"],
         "bounding_box_test/0000_c3s1_000001_01.jpg": [2, 0, "front"],
         "bounding_box_test/-1_c3s1_000001_01.jpg": [2, 0, "front"],
+        "images/0000_c4s1_000001_01.jpg": [3, 0, "front"],
     }
     strangers = {path: {"attributes": BASE} for path in shots if "/0000" in path or "/-1" in path}
     result = image_ceiling(_tree(people, shots=shots, strangers=strangers))
@@ -75,9 +53,9 @@ def test_image_ceiling_follows_the_market_rules() -> None:
     assert result["mAP"] == pytest.approx(75.0)
 
 
-def test_violations() -> None:
-    assert violations([["upper_colour", "red"], ["bag", "none"]], BASE) == 0
-    assert violations([["upper_colour", "blue"], ["bag", "none"]], BASE) == 1
+def test_contradictions() -> None:
+    assert contradictions([["upper_colour", "red"], ["bag", "none"]], BASE) == 0
+    assert contradictions([["upper_colour", "blue"], ["bag", "none"]], BASE) == 1
 
 
 def test_missing_or_wrong_tree(tmp_path: Path) -> None:
@@ -86,3 +64,106 @@ def test_missing_or_wrong_tree(tmp_path: Path) -> None:
     (tmp_path / "world.json").write_text('{"parameters": {"format": "market1501"}}')
     with pytest.raises(UserError, match="holds a market1501 tree"):
         read_world(tmp_path, "cuhk_pedes")
+
+
+INSTANCE = World(5, 0.6, 3, 0.6, 0.1, instance=0.8)
+PEOPLE, IMAGES = 12, 5
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("oracle")
+    for form in ("cuhk_pedes", "market1501"):
+        export(ExportSpec(form, INSTANCE, 1, PEOPLE, 0, IMAGES, 0.4), root / form)
+    return root
+
+
+def _metrics_of(hits: list[bool]) -> dict[str, float]:
+    places = [place for place, hit in enumerate(hits, start=1) if hit]
+    return {
+        **{f"R{rank}": float(places[0] <= rank) for rank in (1, 5, 10)},
+        "mAP": mean(hit / place for hit, place in enumerate(places, start=1)),
+        "mINP": len(places) / places[-1],
+    }
+
+
+def _drawn_gallery() -> list[dict[str, Any]]:
+    """Return what each test picture shows, from the drawing itself and not from world.json."""
+    gallery = []
+    for index in range(PEOPLE):
+        identity = INSTANCE.identity("test", index)
+        person = effective(identity.attributes)
+        for camera, k in INSTANCE.shots(identity, IMAGES):
+            picture = INSTANCE.picture(identity, camera, k)
+            assert picture.moment is not None
+            captions = INSTANCE.captions(identity, camera, k, picture)
+            facts = {"image.view": picture.view, "image.pose": picture.moment.pose, "image.bag": picture.moment.bag,
+                     "image.bag_colour": picture.moment.bag_colour}  # fmt: skip
+            gallery.append({"who": index, "facts": {**person, **facts}, "look": sorted(person.items()),
+                            "bag": (person["bag"], person["bag_colour"]),
+                            "mentions": [caption.mentions for caption in captions]})  # fmt: skip
+    return gallery
+
+
+def _played(knows_pictures: bool, rounds: int) -> list[dict[str, float]]:
+    """Let a reader rank every sentence with freshly shuffled ties, round after round."""
+    gallery, shuffle = _drawn_gallery(), random.Random(9)
+
+    def wrong(mentions: Any, picture: dict[str, Any], about_picture: bool) -> int:
+        relevant = [(name, value) for name, value in mentions if name.startswith("image.") == about_picture]
+        return sum(picture["facts"][name] != value for name, value in relevant)
+
+    def fits(mentions: Any, bag: tuple[str, str]) -> int:
+        log = dict(mentions)
+        wanted = (log.get("image.bag"), log.get("image.bag_colour"))
+        if all(word in (None, own) for word, own in zip(wanted, bag, strict=True)):
+            return 0
+        return 1 if bag[0] == "none" else 2
+
+    queries = [(picture["who"], mentions) for picture in gallery for mentions in picture["mentions"]]
+    keys: list[list[tuple[int, ...]]] = []
+    for _, mentions in queries:
+        person = [wrong(mentions, picture, False) for picture in gallery]
+        missed = [wrong(mentions, picture, True) for picture in gallery]
+        least = [min(m for m, p in zip(missed, gallery, strict=True) if p["look"] == one["look"]) for one in gallery]
+        bags = [fits(mentions, picture["bag"]) for picture in gallery]
+        keys.append(
+            list(zip(person, least, missed, strict=True)) if knows_pictures else list(zip(person, bags, strict=True))
+        )
+    rounds_found = []
+    for _ in range(rounds):
+        found = []
+        for (who, _), key in zip(queries, keys, strict=True):
+            order = sorted(range(len(gallery)), key=lambda place: (key[place], shuffle.random()))
+            found.append(_metrics_of([gallery[place]["who"] == who for place in order]))
+        rounds_found.append({name: 100 * mean(one[name] for one in found) for name in METRICS})
+    return rounds_found
+
+
+@pytest.mark.parametrize("knows_pictures", [True, False])
+def test_text_ceiling_equals_readers_with_random_ties(trees: Path, knows_pictures: bool) -> None:
+    rounds = 40
+    played = _played(knows_pictures, rounds)
+    exact = text_ceiling(read_world(trees / "cuhk_pedes", "cuhk_pedes"), knows_pictures)
+    for name in METRICS:
+        values = [one[name] for one in played]
+        assert exact[name] == pytest.approx(mean(values), abs=4 * stdev(values) / rounds**0.5 + 1e-9), name
+    assert exact["queries"] == 2 * PEOPLE * IMAGES
+
+
+def test_what_holds_for_the_picture_is_worth_something(trees: Path) -> None:
+    result = ceilings(trees / "cuhk_pedes", trees / "market1501")
+    assert set(result) == {"t2i", "i2i", "t2i_people"}
+    assert result["t2i"]["R1"] > result["t2i_people"]["R1"] + 3
+    assert result["t2i"]["mAP"] > result["t2i_people"]["mAP"]
+    assert result["i2i"]["R1"] == 100
+
+
+def test_the_bag_of_a_person_in_words() -> None:
+    owner = {"bag": "backpack", "bag_colour": "red"}
+    none = {"bag": "none", "bag_colour": "none"}
+    said = [("image.bag", "backpack"), ("image.pose", "running"), ("image.bag_colour", "red")]
+    assert [estrangement(said, person) for person in (owner, none, {**owner, "bag_colour": "blue"})] == [0, 1, 2]
+    assert (
+        estrangement([("image.pose", "running")], none) == 0 == estrangement(said[:1], {**owner, "bag_colour": "blue"})
+    )

@@ -1,13 +1,14 @@
 """Metadata leaves, pixels stay."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from reid_dist.errors import UserError
-from shards.jpeg import clean_image, strip_metadata
+from shards.writing.jpeg import clean_image, strip_metadata
 
 SECRET = b"Jane Doe, 52.5N 13.4E"
 
@@ -35,8 +36,8 @@ def _pixels(data: bytes) -> np.ndarray:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_metadata_is_cut_out_without_reencoding(options: dict[str, object], mode: str) -> None:
     data = _encode(_picture().convert(mode), comment=SECRET, **options) + SECRET
-    cleaned, width, height = clean_image(data, "x")
-    assert (width, height) == (32, 48)
+    cleaned, width, height, encoded = clean_image(data, "x")
+    assert (width, height) == (32, 48) and not encoded
     assert SECRET in data and SECRET not in cleaned and b"Exif" not in cleaned and b"ICC" not in cleaned
     assert np.array_equal(_pixels(cleaned), _pixels(data))
     image = Image.open(io.BytesIO(cleaned))
@@ -57,7 +58,8 @@ def test_other_application_segments_leave_too(marker: bytes) -> None:
 @pytest.mark.parametrize("orientation", [2, 3, 6, 8])
 def test_rotation_is_applied_once(orientation: int) -> None:
     data = _encode(_picture(), orientation=orientation, quality=95)
-    cleaned, width, height = clean_image(data, "x")
+    cleaned, width, height, encoded = clean_image(data, "x")
+    assert encoded
     upright = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 6: lambda a: np.rot90(a, -1), 8: np.rot90}
     expected = upright[orientation](np.asarray(_picture()).astype(int))
     assert (height, width) == expected.shape[:2]
@@ -67,11 +69,42 @@ def test_rotation_is_applied_once(orientation: int) -> None:
 
 @pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("PNG", "RGBA"), ("WEBP", "RGB"), ("JPEG", "CMYK")])
 def test_other_kinds_are_encoded(kind: str, mode: str) -> None:
-    cleaned, width, height = clean_image(_encode(_picture().convert(mode), kind), "x")
+    cleaned, width, height, encoded = clean_image(_encode(_picture().convert(mode), kind), "x")
+    assert encoded
     image = Image.open(io.BytesIO(cleaned))
     assert (image.format, image.mode, image.size, (width, height)) == ("JPEG", "RGB", (32, 48), (32, 48))
     assert SECRET not in cleaned
     assert np.abs(_pixels(cleaned) - np.asarray(_picture()).astype(int)).mean() < 8
+
+
+def test_further_pictures_of_a_camera_file_are_cut_off() -> None:
+    buffer = io.BytesIO()
+    _picture().save(buffer, "MPO", save_all=True, append_images=[_picture(24, 24)])
+    cleaned, width, height, encoded = clean_image(buffer.getvalue(), "x")
+    assert not encoded and (width, height) == (32, 48) and buffer.getvalue().count(b"\xff\xd8\xff") == 2
+    assert cleaned.count(b"\xff\xd8\xff") == 1 and Image.open(io.BytesIO(cleaned)).format == "JPEG"
+    assert np.array_equal(_pixels(cleaned), _pixels(buffer.getvalue()))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_transparent_becomes_white(kind: str) -> None:
+    image = _picture().convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    pixels, alpha = np.asarray(image)[..., :3].astype(float), np.asarray(image)[..., 3:] / 255
+    buffer = io.BytesIO()
+    image.save(buffer, kind, lossless=True)
+    assert np.abs(_pixels(clean_image(buffer.getvalue(), "x").data) - pixels * alpha - 255 * (1 - alpha)).mean() < 8
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "I;16"])
+def test_kinds_of_grey(mode: str) -> None:
+    grey = np.repeat(np.arange(0, 256, 8, dtype=np.uint8), 16).reshape(32, 16)
+    if mode == "1":
+        grey = np.where(grey > 127, 255, 0).astype(np.uint8)
+    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    assert np.abs(_pixels(clean_image(buffer.getvalue(), "x").data) - grey[..., None]).max() < 12
 
 
 @pytest.mark.parametrize("data", [b"", b"text", b"GIF89a" + bytes(60), b"\xff\xd8\xff\xe0\x00\x04ab"])
@@ -92,6 +125,20 @@ def test_caps() -> None:
         clean_image(_encode(Image.new("L", (2001, 2000))), "x")
     with pytest.raises(UserError, match="20000001 bytes"):
         clean_image(bytes(20_000_001), "x")
+
+
+def test_a_bomb_is_refused_by_its_header(recwarn: pytest.WarningsRecorder) -> None:
+    """A PNG of 100 million pixels can be 100 kB; decoded it is 300 MB."""
+    data = bytearray(_encode(Image.new("RGB", (8, 8)), "PNG"))
+    data[16:24] = (10_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    with pytest.raises(UserError, match=r"x: 10000 x 10000 pixels, more than the cap of 4000000; shrink the image"):
+        clean_image(bytes(data), "x")
+    data[16:24] = (60_000).to_bytes(4, "big") * 2  # above what Pillow itself opens
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    with pytest.raises(UserError, match="x: the image does not decode"):
+        clean_image(bytes(data), "x")
+    assert not recwarn.list
 
 
 def test_segments_that_cannot_be_followed() -> None:

@@ -2,15 +2,19 @@
 
 import io
 import re
+import warnings
+from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from reid_dist.data.sample import MAX_IMAGE_BYTES, MAX_PIXELS
 from reid_dist.errors import UserError
 
+ENCODED_QUALITY = 95
+
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112
-_QUALITY = 95
 
 # JFIF says how pixels are laid out and Adobe how colours are coded: a decoder needs these two. The other APPn
 # segments (EXIF with GPS, XMP, ICC, IPTC, previews) and comments may tell where, when and by whom.
@@ -21,18 +25,31 @@ _START_OF_SCAN, _END_OF_IMAGE, _COMMENT = 0xDA, 0xD9, 0xFE
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
-def clean_image(data: bytes, name: str) -> tuple[bytes, int, int]:
+class CleanImage(NamedTuple):
+    """An image fit for a shard.
+
+    Attributes:
+        data: a JPEG without metadata.
+        width: pixels.
+        height: pixels.
+        encoded: it was decoded and encoded anew; otherwise the bytes of its picture are those of the raw file.
+    """
+
+    data: bytes
+    width: int
+    height: int
+    encoded: bool
+
+
+def clean_image(data: bytes, name: str) -> CleanImage:
     """Make an image fit for a shard.
 
-    The bytes of a JPEG are copied but for its metadata segments. An image that is rotated by its EXIF orientation, is
-    not a JPEG, or has other colours than grey or RGB, is decoded and encoded once at quality 95.
+    The bytes of a JPEG are copied but for its metadata segments. An image that is turned by its EXIF orientation, is
+    not a JPEG, or has other colours than grey or RGB, is decoded and encoded once at quality 95, upright.
 
     Args:
         data: the file.
         name: what error messages call it.
-
-    Returns:
-        The JPEG to store, its width and height.
 
     Raises:
         UserError: it does not decode, or is above 20 MB or 4 million pixels.
@@ -46,15 +63,18 @@ def clean_image(data: bytes, name: str) -> tuple[bytes, int, int]:
         )
     _load(image, name)
     rotated = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
-    if image.format == "JPEG" and not rotated and image.mode in ("L", "RGB"):
+    # MPO is a JPEG with further pictures behind its end, as cameras write them; those are cut off.
+    if image.format in ("JPEG", "MPO") and not rotated and image.mode in ("L", "RGB"):
         stripped = strip_metadata(data)
         if stripped is not None:
-            return stripped, image.width, image.height
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+            return CleanImage(stripped, image.width, image.height, encoded=False)
+    upright = _rgb(ImageOps.exif_transpose(image))
     buffer = io.BytesIO()
     # An empty profile, as Pillow would otherwise copy that of the source.
-    upright.save(buffer, "JPEG", quality=_QUALITY, icc_profile=b"", exif=b"", comment=b"")
-    return buffer.getvalue(), upright.width, upright.height
+    upright.save(buffer, "JPEG", quality=ENCODED_QUALITY, icc_profile=b"", exif=b"", comment=b"")
+    if buffer.tell() > MAX_IMAGE_BYTES:
+        raise UserError(f"{name}: {buffer.tell()} bytes as a JPEG, more than the cap of {MAX_IMAGE_BYTES}; shrink it")
+    return CleanImage(buffer.getvalue(), upright.width, upright.height, encoded=True)
 
 
 def strip_metadata(data: bytes) -> bytes | None:
@@ -99,9 +119,24 @@ def _is_metadata(marker: int, beginning: bytes) -> bool:
     return marker == _COMMENT
 
 
+def _rgb(image: Image.Image) -> Image.Image:
+    """An image in 8 bit RGB; what is transparent becomes white, as on a page."""
+    if image.mode.startswith("I"):
+        # 16 bit grey, which Pillow's own conversion cuts at 255.
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
 def _open(data: bytes, name: str) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        with warnings.catch_warnings():
+            # Reads the header only; our own cap on pixels is far below the one that Pillow warns of.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data), formats=_FORMATS)
     except Exception as error:  # damaged files raise OSError, but also SyntaxError, struct.error, ...
         raise _undecodable(name, error) from None
 

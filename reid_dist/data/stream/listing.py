@@ -1,0 +1,88 @@
+"""Which tars a location stands for: a folder, a pattern, a list or a single tar."""
+
+import math
+import os
+import re
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from reid_dist.data.remote import check_location, is_remote, read_file, shown_location
+from reid_dist.data.sample import MANIFEST_NAME
+from reid_dist.errors import UserError
+
+# LAION-5B has 231,000 tars. A pattern is expanded in memory.
+MAX_TARS = 1_000_000
+
+_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
+_MAX_LIST_BYTES = 256 << 20
+
+
+def tar_locations(location: str) -> list[str]:
+    """Every tar that a location stands for, those on this machine checked to be there.
+
+    Args:
+        location: as `check_location` gives it: a folder, a .tar with number ranges in braces, or a list (.txt) of
+            such, one a line, relative to the list.
+
+    Raises:
+        UserError: no tars, a missing one, one named twice, or a pattern or scheme that is not read.
+    """
+    if os.path.isdir(location) and not is_remote(location):
+        found = sorted(path for path in Path(location).iterdir() if path.suffix == ".tar" and path.name[0] != ".")
+        if not found:
+            raise UserError(f"{location}: holds neither {MANIFEST_NAME} nor .tar files; check data.train")
+        tars = [str(path) for path in found]
+    elif _path(location).endswith(".txt"):
+        tars = [tar for line in _list_lines(location) for tar in _expand(line)]
+    else:
+        tars = _expand(location)
+    for tar in tars:
+        if not is_remote(tar) and not os.path.isfile(tar):
+            raise UserError(f"{tar}: no such tar; correct the name or pattern {location}")
+    twice = len(tars) - len(set(tars))
+    if twice:
+        raise UserError(f"{shown_location(location)}: names {twice} tars more than once; name each once")
+    return tars
+
+
+def _list_lines(location: str) -> list[str]:
+    """Lines of a list of tars, paths relative to the list's folder."""
+    try:
+        data = read_file(location, _MAX_LIST_BYTES) if is_remote(location) else _small_file(Path(location))
+        lines = data.decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{location}: the list of tars cannot be read ({reason}); write one tar a line") from None
+    names = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not names:
+        raise UserError(f"{shown_location(location)}: names no tars; write one a line")
+    folder = _path(location).rpartition("/")[0] or "."
+    return [check_location(name) if _is_whole(name) else check_location(f"{folder}/{name}") for name in names]
+
+
+def _path(location: str) -> str:
+    """A location without the query of a URL."""
+    return location.partition("?")[0] if is_remote(location) else location
+
+
+def _small_file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MAX_LIST_BYTES)
+
+
+def _is_whole(name: str) -> bool:
+    return name.startswith("/") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name) is not None
+
+
+def _expand(pattern: str) -> list[str]:
+    """The names of a pattern with number ranges in braces, at most MAX_TARS of them."""
+    shown = shown_location(pattern)
+    if not _path(pattern).endswith(".tar"):
+        raise UserError(f"{shown}: no folder, .tar or list (.txt) of that name; check data.train")
+    if re.search(r"[{}]", _RANGE.sub("", pattern)):
+        raise UserError(f"{shown}: braces hold a range of numbers, {{00000..00331}}; list other names in a .txt file")
+    count = math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern))
+    if count > MAX_TARS:
+        raise UserError(f"{shown}: stands for {count} tars, more than {MAX_TARS}; correct the range")
+    return list(braceexpand(pattern, escape=False))

@@ -1,0 +1,1 @@
+"""What `shards.verify` looks at: tars, records, images, captions, and overlaps between sets."""

@@ -1,0 +1,1 @@
+"""What raw annotations have in common: JSON lists, Karpathy's form, tables, folders."""

@@ -1,0 +1,46 @@
+"""The raw formats that the world can be exported in: one file for each converter of `shards/`."""
+
+from shards.world.formats import (
+    coco,
+    csv_file,
+    cuhk03_np,
+    cuhk_pedes,
+    flickr30k,
+    folder,
+    icfg_pedes,
+    img2dataset,
+    jsonl_file,
+    luperson,
+    luperson_mllm,
+    mals,
+    market1501,
+    msmt17,
+    rstp_reid,
+    synth_pedes,
+    ufine6926,
+    webperson,
+    wit,
+)
+from shards.world.formats.base import Exporter
+
+EXPORTERS: dict[str, Exporter] = {
+    "cuhk_pedes": cuhk_pedes.EXPORTER,
+    "icfg_pedes": icfg_pedes.EXPORTER,
+    "rstp_reid": rstp_reid.EXPORTER,
+    "ufine6926": ufine6926.EXPORTER,
+    "market1501": market1501.EXPORTER,
+    "msmt17": msmt17.EXPORTER,
+    "cuhk03_np": cuhk03_np.EXPORTER,
+    "luperson": luperson.EXPORTER,
+    "img2dataset": img2dataset.EXPORTER,
+    "synth_pedes": synth_pedes.EXPORTER,
+    "mals": mals.EXPORTER,
+    "luperson_mllm": luperson_mllm.EXPORTER,
+    "webperson": webperson.EXPORTER,
+    "coco": coco.EXPORTER,
+    "flickr30k": flickr30k.EXPORTER,
+    "wit": wit.EXPORTER,
+    "csv": csv_file.EXPORTER,
+    "jsonl": jsonl_file.EXPORTER,
+    "folder": folder.EXPORTER,
+}

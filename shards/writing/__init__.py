@@ -1,0 +1,1 @@
+"""From the samples of a converter to a finished shard set."""
