@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.benchmark import BENCHMARKS
 from reid_dist.recipe_file import load_config
 from shards.write import CONVERTERS
 
@@ -39,6 +40,8 @@ def test_command_names_what_exists(page: str, command: str, monkeypatch: pytest.
         assert importlib.util.find_spec(rest[1]) is not None
         if rest[1] == "shards.write":
             assert rest[2] in CONVERTERS
+    elif rest[0] == "launch/benchmark.py":
+        assert rest[1] in BENCHMARKS
     elif program in ("deepspeed", "torchrun", "python", "srun"):
         place = rest.index("launch/train.py")
         overrides = [word for word in rest[place + 2 :] if "=" in word and not word.startswith("--") and word != "…"]
