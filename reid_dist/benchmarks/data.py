@@ -14,6 +14,7 @@ files in memory.
 import argparse
 import hashlib
 import io
+import math
 import os
 import statistics
 import tempfile
@@ -206,8 +207,10 @@ def run(options: argparse.Namespace) -> None:
     """
     settings = Settings(options.workers, options.seconds, options.rounds, options.batch_size)
     for name in ("workers", "seconds", "rounds", "batch_size"):
-        if getattr(settings, name) <= 0:
+        if not 0 < getattr(settings, name) < math.inf:  # nan is not either
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above 0")
+    if options.json.is_dir():
+        raise UserError(f"--json {options.json}: is a folder; name a file, such as {options.json / 'data.json'}")
     source = ShardSet(options.shards)
     machine = describe_machine()  # its load before ours
     with tempfile.TemporaryDirectory(prefix="reid_dist-benchmark-") as folder:

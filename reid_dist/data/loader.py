@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from reid_dist.data.bad_samples import BadSamples
 from reid_dist.data.batch_memory import BatchMemory
@@ -22,10 +22,11 @@ from reid_dist.data.sampler import Plan, local_batch_size, micro_batches, occurr
 from reid_dist.data.tokenizer import Tokenizer
 from reid_dist.data.training_samples import Batch, BatchTask, IntArray, TrainingSamples
 from reid_dist.data.units import Identities, Samples, Units
+from reid_dist.data.worker_processes import PREFETCH, from_workers
 from reid_dist.errors import UserError
 
-# Tasks that each worker has in advance.
-_PREFETCH = 2
+# When a reading process was killed.
+_REMEDY = "use fewer workers or a smaller batch, and start again"
 
 
 @dataclass(frozen=True)
@@ -201,11 +202,14 @@ class TrainLoader:
         # Torch's own thread copies batches that are to be page-locked; it knows nothing of our places.
         shared = self.workers > 0 and not self.pin_memory
         # As many as torch asks for in advance, and what a consumer holds while it waits for the next step.
-        places = _PREFETCH * self.workers + 2 * self.sampling.accumulation + 1 if shared else 0
+        places = PREFETCH * self.workers + 2 * self.sampling.accumulation + 1 if shared else 0
         memory = BatchMemory(places, self.local_batch_size, self.samples.image_size)
         worker = _Worker(self.samples, self.bad_samples.max_fraction > 0, memory)
         tasks = self._tasks(start, stop, memory)
-        for made in self._from_workers(worker, tasks) if self.workers else map(worker.__getitem__, tasks):
+        made_by: Iterator[_Made | str] = map(worker.__getitem__, tasks)
+        if self.workers:
+            made_by = from_workers(worker, tasks, self.workers, self.pin_memory, _REMEDY)
+        for made in made_by:
             if isinstance(made, str):
                 raise UserError(made)
             batch = {name: torch.as_tensor(value) for name, value in made.batch.items()}
@@ -213,29 +217,6 @@ class TrainLoader:
                 batch["image_BCHW"] = memory.tensor(made.place, self.local_batch_size).permute(0, 3, 1, 2)
             self.bad_samples.add(self.local_batch_size, made.bad)
             yield batch
-
-    def _from_workers(self, worker: _Worker, tasks: Iterator[BatchTask]) -> "Iterator[_Made | str]":
-        loader: DataLoader[_Made | str] = DataLoader(
-            worker,
-            batch_size=None,  # a worker makes whole micro-batches
-            sampler=tasks,
-            num_workers=self.workers,
-            prefetch_factor=_PREFETCH,
-            collate_fn=_unchanged,
-            pin_memory=self.pin_memory,
-            # Its own generator: torch would otherwise draw the workers' seed from the global one, and the
-            # model's random numbers would depend on the number of loaders started.
-            generator=torch.Generator(),
-        )
-        try:
-            yield from loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"data.workers: a process that reads training samples ended ({' '.join(str(error).split())}); the "
-                f"machine may be out of memory: use fewer workers or a smaller batch, and start again"
-            ) from error
 
 
 def _units(samples: TrainingSamples, sampling: Sampling) -> list[Units]:

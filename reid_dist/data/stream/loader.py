@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from reid_dist.data.bad_samples import BadSamples
 from reid_dist.data.batch_memory import BatchMemory
@@ -23,10 +23,11 @@ from reid_dist.data.stream.position import RankPosition, digest, start_position
 from reid_dist.data.stream.reader import PairStream
 from reid_dist.data.stream.samples import StreamSamples
 from reid_dist.data.training_samples import Batch
+from reid_dist.data.worker_processes import PREFETCH, from_workers
 from reid_dist.errors import UserError
 
-# Micro-batches that each worker has in advance.
-_PREFETCH = 2
+# When a reading process was killed.
+_REMEDY = "use fewer workers or a smaller data.stream.shuffle_buffer"
 
 
 @dataclass(frozen=True)
@@ -176,42 +177,22 @@ class StreamLoader:
         # Torch's own thread copies batches that are to be page-locked; it knows nothing of our places.
         shared = self.workers > 0 and not self.pin_memory
         # As many as torch asks for in advance, and what a consumer holds while it waits for the next step.
-        places = _PREFETCH * self.workers + 2 * self.sampling.accumulation + 1 if shared else 0
+        places = PREFETCH * self.workers + 2 * self.sampling.accumulation + 1 if shared else 0
         memory = BatchMemory(places, self.local_batch_size, self.samples.image_size)
         worker = _Worker(self, memory)
         turn = self._position.turn
         tasks = (_Task((turn + number) % self._plan.workers, memory.take()) for number in range(count))
-        for made in self._from_workers(worker, tasks) if self.workers else map(worker.__getitem__, tasks):
+        made_by: Iterator[_Made | str] = map(worker.__getitem__, tasks)
+        if self.workers:
+            made_by = from_workers(worker, tasks, self.workers, self.pin_memory, _REMEDY)
+        for made in made_by:
             if isinstance(made, str):
                 raise UserError(made)
+            batch = {name: torch.as_tensor(value) for name, value in made.batch.items()}
             if made.place >= 0:
-                image_BHWC = memory.tensor(made.place, self.local_batch_size)
-                made.batch["image_BCHW"] = image_BHWC.permute(0, 3, 1, 2)
+                batch["image_BCHW"] = memory.tensor(made.place, self.local_batch_size).permute(0, 3, 1, 2)
             self.bad_samples.add(self.local_batch_size + len(made.bad), made.bad)
-            yield made
-
-    def _from_workers(self, worker: "_Worker", tasks: Iterator["_Task"]) -> "Iterator[_Made | str]":
-        loader: DataLoader[_Made | str] = DataLoader(
-            worker,
-            batch_size=None,  # a worker makes whole micro-batches
-            sampler=tasks,
-            num_workers=self.workers,
-            prefetch_factor=_PREFETCH,
-            collate_fn=_unchanged,
-            pin_memory=self.pin_memory,
-            # Its own generator: torch would otherwise draw the workers' seed from the global one, and the
-            # model's random numbers would depend on the number of loaders started.
-            generator=torch.Generator(),
-        )
-        try:
-            yield from loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"data.workers: a process that reads training samples ended ({' '.join(str(error).split())}); the "
-                f"machine may be out of memory: use fewer workers or a smaller data.stream.shuffle_buffer"
-            ) from error
+            yield made._replace(batch=batch)
 
     def _require_tars(self) -> None:
         """Every stream must have a tar of its own in each pass."""
@@ -240,7 +221,7 @@ class _Made(NamedTuple):
     `news` tells where its stream stands after it, as JSON: bytes pass through torch's queues and threads untouched.
     """
 
-    batch: Batch
+    batch: Any
     bad: list[str]
     place: int
     worker: int
@@ -272,10 +253,12 @@ class _Worker(Dataset["_Made | str"]):
             batch, bad = self._samples.batch(stream.take, self._count, self._seed, self._bad, out_BHWC)
         except UserError as error:
             return str(error)
-        if out_BHWC is not None:
-            del batch["image_BCHW"]
         news = json.dumps(stream.news()).encode()
-        return _Made(batch, bad, task.place if out_BHWC is not None else -1, task.worker, news)
+        if out_BHWC is None:
+            return _Made(batch, bad, -1, task.worker, news)
+        del batch["image_BCHW"]
+        # As arrays they go through the pipe; torch would open a file for each tensor, 0.3 ms apiece.
+        return _Made({name: value.numpy() for name, value in batch.items()}, bad, task.place, task.worker, news)
 
     def _open(self, worker: int) -> PairStream:
         if self._stream is None:
@@ -301,7 +284,3 @@ def _shares(samples: StreamSamples, weights: tuple[float, ...]) -> list[float]:
             f"data.weights: {list(weights)} for {len(samples.sources)} sources; give one number above 0 for each"
         )
     return [weight / sum(weights) for weight in weights]
-
-
-def _unchanged(made: Any) -> Any:
-    return made
