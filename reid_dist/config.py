@@ -88,7 +88,8 @@ class DataConfig(Section):
     )
     workers: int = Field(0, ge=0, description="loading processes per rank; 0: in the training process")
     cache: bool = Field(
-        False, description="keep decoded, resized images in memory (bytes: samples x 3 x height x width)"
+        False,
+        description="reader=index: keep decoded, resized images in memory (bytes: samples x 3 x height x width)",
     )
     augment: AugmentConfig = AugmentConfig()
 

@@ -36,7 +36,7 @@ def evaluate(
             )
             if pair[task] is None:
                 raise UserError(
-                    f"evaluation.{task}: {shards.path} has nothing for this task in split {stage.evaluation.split}"
+                    f"evaluation.{task}: {shards.shown} has nothing for this task in split {stage.evaluation.split}"
                 )
             scores[task][name] = pair[task]
     return scores

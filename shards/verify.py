@@ -205,8 +205,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with signals_raise():
             if options.workers is not None and options.workers < 1:
                 raise UserError("--workers must be at least 1")
+            if options.json is not None and options.json.is_dir():
+                raise UserError(f"--json {options.json}: is a folder; name a file, such as {options.json / 'a.json'}")
             if options.overlap:
-                return _overlap(options, f"python -m shards.verify {shlex.join(given)}")
+                # The list is handed on: without the secrets of URLs.
+                return _overlap(options, f"python -m shards.verify {shlex.join(map(shown_location, given))}")
             if options.out is not None:
                 raise UserError("--out: belongs to --overlap; the report is written with --json FILE")
             return _check(options)

@@ -5,6 +5,7 @@ The same raw files and options give the same bytes, with any number of workers, 
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.out,
                 dataset=options.dataset,
                 variant=options.variant,
-                shard_bytes=int(options.shard_mb * 1_000_000),
+                shard_bytes=_shard_bytes(options.shard_mb),
                 seed=options.seed,
                 order=options.order,
                 exclude=options.exclude,
@@ -148,6 +149,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-bad-fraction", type=float, default=0.0, metavar="F", help="skip images that are damaged")
     parser.add_argument("--allow-mismatch", action="store_true", help="accept other counts than the published")
     return parser
+
+
+def _shard_bytes(megabytes: float) -> int:
+    if not math.isfinite(megabytes):
+        raise UserError(f"--shard-mb {megabytes:g}: must be above 0 and finite")
+    return int(megabytes * 1_000_000)
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -84,7 +84,7 @@ def prepare(source: ShardSet, folder: Path, settings: Settings) -> Crops:
         UserError: the set is empty or an image does not decode.
     """
     if not len(source):
-        raise UserError(f"{source.location}: holds no images; name a set that does")
+        raise UserError(f"{source.shown}: holds no images; name a set that does")
     shards, files = folder / "shards", folder / "files"
     shards.mkdir()
     files.mkdir()

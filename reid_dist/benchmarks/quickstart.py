@@ -55,7 +55,11 @@ def report(run: Path, oracle: Path, seconds: dict[str, int]) -> str:
     config = load_config(run / "config.yaml")
     baselines = _baselines(config, run, oracle)
     stages = [
-        {"name": stage.name, **_waited(run / stage.name), **_pair(read_scores(run, stage.name))}
+        {
+            "name": stage.name,
+            **_waited(run / stage.name, stage.data.global_batch_size),
+            **_pair(read_scores(run, stage.name)),
+        }
         for stage in config.stages
     ]
     rows = [(LABELS.get(name, name), baselines[name]) for name in baselines]
@@ -76,20 +80,30 @@ def report(run: Path, oracle: Path, seconds: dict[str, int]) -> str:
     results["seed"] = config.seed
     results["fingerprint"] = (read_export(run / config.stages[-1].name / "export") or {}).get("fingerprint")
     write_results(run / RESULTS_FILE, results | _of_the_first_time(run, results["fingerprint"]))
-    waits = ", ".join(f"{s['name']} {s['data_wait_percent']} %" for s in stages if "data_wait_percent" in s)
-    return f"{result_table(rows)}\n\nTraining waited for data: {waits or 'not at all'}."
+    return f"{result_table(rows)}\n\n{_waits(stages)}"
 
 
-def _waited(folder: Path) -> dict[str, float]:
-    """Share of a stage's training time that its ranks waited for data; nothing for a stage of 0 steps."""
+def _waits(stages: list[Pair]) -> str:
+    """A line on the waiting of all stages."""
+    trained = [stage for stage in stages if "data_wait_percent" in stage]
+    seconds = sum(stage["training_seconds"] for stage in trained)
+    if not seconds:
+        return "Nothing was trained."
+    share = sum(stage["training_seconds"] * stage["data_wait_percent"] for stage in trained) / seconds
+    each = ", ".join(f"{stage['name']} {stage['data_wait_percent']:.1f} %" for stage in trained)
+    return f"Training waited for data {share:.1f} % of its time ({each})."
+
+
+def _waited(folder: Path, batch: int) -> dict[str, float]:
+    """How long a stage trained and which share of that its ranks waited for data; nothing for a stage of 0 steps."""
     try:
         history = json.loads((folder / "training.json").read_text())
     except OSError:
         return {}
-    # Every point stands for as many steps, so its time is the inverse of its speed.
-    times = [1 / point["samples_per_s"] for point in history]
+    steps = [point["step"] - before for point, before in zip(history, [0, *(p["step"] for p in history)], strict=False)]
+    times = [batch * count / point["samples_per_s"] for count, point in zip(steps, history, strict=True)]
     waited = sum(time * point["data_wait_percent"] for time, point in zip(times, history, strict=True))
-    return {"data_wait_percent": round(waited / sum(times), 2)}
+    return {"training_seconds": round(sum(times), 1), "data_wait_percent": round(waited / sum(times), 2)}
 
 
 def _of_the_first_time(run: Path, fingerprint: str | None) -> dict[str, Any]:

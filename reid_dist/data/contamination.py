@@ -8,7 +8,6 @@ import numpy.typing as npt
 
 from reid_dist.data.exclude import NOTHING, Exclusions
 from reid_dist.data.reader import Rows, ShardSet
-from reid_dist.data.remote import is_remote, shown_location
 from reid_dist.data.sample import ROLES, SPLITS
 
 _REMEDY = (
@@ -74,11 +73,6 @@ def shared_origins(one: ShardSet, other: ShardSet) -> list[str]:
     return sorted(origins(one) & origins(other))
 
 
-def shown_set(shards: ShardSet) -> str:
-    """Where a set lies, as messages show it: the folder as given, or a URL without what is secret in it."""
-    return shown_location(shards.location) if is_remote(shards.location) else str(shards.path)
-
-
 def _content(shards: ShardSet) -> tuple[Any, ...]:
     manifest = shards.manifest
     return manifest.dataset, manifest.index_sha256, [shard.sha256 for shard in manifest.shards]
@@ -102,8 +96,7 @@ def _shared_images(
     count = len(np.intersect1d(digests, known, assume_unique=True))
     if not count:
         return ""
-    names = shown_set(trained), shown_set(tested)
-    return f"{names[0]}: {count} images to train on are also in the val or test split of {names[1]}; {_REMEDY}"
+    return f"{trained.shown}: {count} images to train on are also in the val or test split of {tested.shown}; {_REMEDY}"
 
 
 def _shared_origin(trained: ShardSet, tested: ShardSet, excluded: Exclusions) -> str:
@@ -112,7 +105,7 @@ def _shared_origin(trained: ShardSet, tested: ShardSet, excluded: Exclusions) ->
     if not shared or any(_leaves_out(excluded, each) for each in (trained, tested)):
         return ""
     return (
-        f"{shown_set(trained)}: shows people of {', '.join(shared)}, and so does {shown_set(tested)}, on which it "
+        f"{trained.shown}: shows people of {', '.join(shared)}, and so does {tested.shown}, on which it "
         f"would be tested, and no image of them is excluded; {_REMEDY}"
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reid_dist.data.reader import Rows, ShardSet
+from reid_dist.data.remote import is_remote, read_file
 from reid_dist.data.sample import DATASET_PATTERN
 from reid_dist.errors import UserError
 
@@ -17,6 +18,7 @@ from reid_dist.errors import UserError
 EXCLUDABLE = re.compile(rf"{DATASET_PATTERN.pattern}:\S+")
 IMAGE_PREFIX = "sha256:"
 
+_MAX_BYTES = 1 << 30
 _HEX = re.compile(r"[0-9a-fA-F]{64}")
 _COMMAND = "python -m shards.verify --overlap DIR... --out"
 
@@ -67,14 +69,16 @@ def read_exclusions(path: str | os.PathLike[str]) -> Exclusions:
     """An exclusion list: an identity ("dataset:raw id") or an image ("sha256:" and 64 hex digits) a line.
 
     Args:
-        path: UTF-8 text file, as `python -m shards.verify --overlap` writes it; `#` comments and blank lines are
-            passed over.
+        path: UTF-8 text file, as `python -m shards.verify --overlap` writes it, or its http, https or s3 address (a
+            text); `#` comments and blank lines are passed over.
 
     Raises:
         UserError: the file cannot be read, or a line is something else.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        far = isinstance(path, str) and is_remote(path)
+        content = read_file(str(path), _MAX_BYTES) if far else Path(path).read_bytes()
+        lines = content.decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(

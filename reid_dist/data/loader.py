@@ -229,7 +229,7 @@ def _units(samples: TrainingSamples, sampling: Sampling) -> list[Units]:
             )
         for shards, count in zip(samples.shards, counts, strict=True):
             if not count:
-                raise UserError(f"data.weights: {shards.location} has no training samples; leave the set out")
+                raise UserError(f"data.weights: {shards.shown} has no training samples; leave the set out")
     units: list[Units] = []
     for stop, count in zip(itertools.accumulate(counts), counts, strict=True):
         rows = slice(stop - count, stop)

@@ -56,6 +56,7 @@ class ShardSet:
     Attributes:
         location: the absolute path or the URL of the folder.
         path: the folder as given; of a URL only a name for it.
+        shown: where it lies, as messages say it: the folder as given, or the URL without what is secret in it.
         name: the data set's name.
         manifest: the checked manifest.
         index: one INDEX_DTYPE row per sample.
@@ -73,11 +74,11 @@ class ShardSet:
         self._remote = remote.is_remote(checked)
         self.path = Path(checked)
         self.location = checked if self._remote else os.path.abspath(checked)
-        self._shown = remote.shown_location(checked) if self._remote else str(self.path)
+        self.shown = remote.shown_location(checked) if self._remote else str(self.path)
         self._ranges = ByteRanges()
         self._records: IO[bytes] | None = None
         if not self._remote and not self.path.is_dir():
-            raise UserError(f"{self._shown}: no such shard folder; {self._remedy()}")
+            raise UserError(f"{self.shown}: no such shard folder; {self._remedy()}")
         self.manifest = self._read_manifest()
         self.name = self.manifest.dataset
         self.identities = self.manifest.identities
@@ -154,10 +155,10 @@ class ShardSet:
             key = self.key(row)
         except UserError:
             key = "?"
-        return f"{self._shown} ({self.name}), shard {shard}, sample {key if key != '?' else f'? (row {row})'}"
+        return f"{self.shown} ({self.name}), shard {shard}, sample {key if key != '?' else f'? (row {row})'}"
 
     def _remedy(self) -> str:
-        return f"write it with `python -m shards.write NAME --root RAW --out {self._shown}`"
+        return f"write it with `python -m shards.write NAME --root RAW --out {self.shown}`"
 
     def _rewrite(self) -> str:
         foreign = hasattr(self, "manifest") and any(shard.location for shard in self.manifest.shards)
@@ -255,7 +256,7 @@ class ShardSet:
 
     def _file(self, name: str) -> str:
         """A file beside the shards, as messages call it."""
-        return remote.join_location(self._shown, name)
+        return remote.join_location(self.shown, name)
 
     def _content(self, row: int, kind: str) -> bytes:
         """The image or the record of a row, compared with its digest."""

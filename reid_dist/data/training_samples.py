@@ -242,7 +242,7 @@ class TrainingSamples:
     def _training_rows(self, exclude: Exclusions) -> list[IntArray]:
         """The rows of each set that are trained on."""
         rows = [each.rows("train", ["train"]) for each in self.shards]
-        names = ", ".join(each.location for each in self.shards) or "no shard set"
+        names = ", ".join(each.shown for each in self.shards) or "no shard set"
         if not sum(map(len, rows)):
             raise UserError(f"data: {names}: no training samples (split train, role train)")
         kept = [exclude.keeps(each, row) for each, row in zip(self.shards, rows, strict=True)]
@@ -261,7 +261,7 @@ class TrainingSamples:
         order = sorted(range(len(pids)), key=pids.__getitem__)
         self.identities = [pids[place] for place in order]
         if any(one == other for one, other in itertools.pairwise(self.identities)):
-            names = ", ".join(each.location for each in self.shards)
+            names = ", ".join(each.shown for each in self.shards)
             raise UserError(
                 f"data: {names}: two of the sets hold the same identities; leave one out or write it again "
                 f"with `--dataset ANOTHER_NAME`"
@@ -287,7 +287,7 @@ class TrainingSamples:
             missing = row[each.index["captions"][row] == 0]
             if len(missing):
                 raise UserError(
-                    f"{each.location}: {len(missing)} of {len(row)} training samples have no caption, the "
+                    f"{each.shown}: {len(missing)} of {len(row)} training samples have no caption, the "
                     f"first is {each.key(int(missing[0]))}; this stage needs captions: leave the set out"
                 )
 

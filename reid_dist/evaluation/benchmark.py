@@ -65,7 +65,7 @@ def require_rows(shards: ShardSet, split: str) -> Rows:
     rows = benchmark_rows(shards, split)
     if len(rows) == 0:
         raise UserError(
-            f"evaluation: {shards.path} ({shards.name}): no query or gallery images in split {split}; "
+            f"evaluation: {shards.shown} ({shards.name}): no query or gallery images in split {split}; "
             "choose another split or benchmark"
         )
     return rows

@@ -166,7 +166,7 @@ def extract(
         UserError: no rows, an image does not decode (on any rank), or the encoder produced nan or inf.
     """
     if len(rows) == 0:
-        raise UserError(f"evaluation: {shards.path}: no images in the rows asked for; check the split and the roles")
+        raise UserError(f"evaluation: {shards.shown}: no images in the rows asked for; check the split and the roles")
     device = torch.device(device)
     images = (
         (place, batch["image_BCHW"])
@@ -186,7 +186,7 @@ def extract(
     text_MD = None if text_MD is None else text_MD.clone()
     _check_finite(image_ND, lambda i: shards.describe(int(rows[i])))
     if text_MD is not None:
-        _check_finite(text_MD, lambda i: f'{shards.path}, caption "{captions[i][:60]}"')
+        _check_finite(text_MD, lambda i: f'{shards.shown}, caption "{captions[i][:60]}"')
     index = shards.index[rows]
 
     def labels(value: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:

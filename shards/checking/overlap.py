@@ -17,7 +17,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from reid_dist.data.cache import Images
-from reid_dist.data.contamination import evaluated_rows, same_set, shared_origins, shown_set
+from reid_dist.data.contamination import evaluated_rows, same_set, shared_origins
 from reid_dist.data.exclude import EXCLUDABLE
 from reid_dist.data.reader import Rows, ShardSet
 from reid_dist.errors import UserError
@@ -116,7 +116,7 @@ def find_overlaps(folders: Iterable[str], workers: int = 1) -> list[Overlap]:
         if one.shards is not other.shards and len(one.rows) and len(other.rows)
     ]
     if not pairs:
-        names = ", ".join(map(shown_set, sets))
+        names = ", ".join(each.shown for each in sets)
         raise UserError(f"{names}: nothing to compare; name two sets, one with a training and one with a test split")
     partners: dict[Side, list[Side]] = {}
     for one, other in pairs:
@@ -286,8 +286,8 @@ def _compare(train: Side, evaluation: Side) -> Overlap:
         images[criterion] = len(shared)
         pids.update(train.shards.identities[numbers[position]] for position in shared)
     return Overlap(
-        shown_set(train.shards),
-        shown_set(evaluation.shards),
+        train.shards.shown,
+        evaluation.shards.shown,
         images,
         frozenset(pids),
         tuple(shared_origins(train.shards, evaluation.shards)),

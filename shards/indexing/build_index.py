@@ -4,7 +4,6 @@ The tars stay where and as they are. Each is read once from beginning to end; an
 """
 
 import hashlib
-import math
 import re
 import shutil
 from collections import Counter
@@ -15,23 +14,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from braceexpand import braceexpand
+from pydantic import ValidationError
 
 from reid_dist.data.remote import check_location, is_remote, shown_location
 from reid_dist.data.sample import DATASET_PATTERN, INDEX_NAME, MANIFEST_NAME, RECORDS_NAME, SPLITS, Manifest, Split
+from reid_dist.data.stream.listing import expand_ranges
 from reid_dist.errors import UserError
 from shards.indexing.foreign import TarJob, index_tar
 from shards.progress import Progress
 from shards.workers import run_jobs
 from shards.writing.build import BUILD_NAME
-from shards.writing.files import Temporary, remove_leftovers
+from shards.writing.files import Temporary, is_temporary, remove_leftovers
 from shards.writing.merge import write_index
 from shards.writing.tar_shard import PARTIAL_NAME, Rows, ShardPart, read_part
 
-# LAION-5B has 231,000 tars. Braces are expanded in memory.
-MAX_TARS = 1_000_000
-
-_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _CARD: dict[str, Any] = {
     "title": "image-text pairs in tars of other software",
     "licence": "that of each image; unknown here",
@@ -79,6 +75,7 @@ def build_index(sources: Sequence[str], options: BuildOptions) -> tuple[Path, Ma
     folder = _folder(locations, options.out)
     options = replace(options, dataset=_dataset(locations[0], options.dataset))
     jobs = _jobs(locations, folder, options)
+    _refuse_foreign(folder)
     (folder / PARTIAL_NAME).mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     remove_leftovers(folder / PARTIAL_NAME)
@@ -241,12 +238,7 @@ def _tars_of(source: str) -> Iterator[str]:
     if not _base_name(location).endswith(".tar"):
         remote = ", as the files behind a URL cannot be listed" if is_remote(location) else ""
         raise UserError(f"{shown}: no folder and no .tar; name tars like {{00000..00012}}.tar{remote}")
-    if re.search(r"[{}]", _RANGE.sub("", location)):
-        raise UserError(f"{shown}: braces hold a range of numbers such as {{00000..00012}}; correct them")
-    count = math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(location))
-    if count > MAX_TARS:
-        raise UserError(f"{shown}: stands for {count} tars, more than {MAX_TARS}; correct the range")
-    for name in braceexpand(location, escape=False):
+    for name in expand_ranges(location):
         yield name if is_remote(name) else str(Path(name).resolve())
 
 
@@ -268,6 +260,35 @@ def _folder(locations: Sequence[str], out: Path | None) -> Path:
     if (folder / INDEX_NAME).exists() and not (folder / RECORDS_NAME).exists():
         raise UserError(f"{folder}: holds a shard set with another index; choose another --out")
     return folder
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse to write over, or to remove, files that another program has left beside the tars.
+
+    Raises:
+        UserError: there are such.
+    """
+    manifest, partial = folder / MANIFEST_NAME, folder / PARTIAL_NAME
+    remedy = "choose another --out, or remove it if nobody needs it"
+    if manifest.exists() and not _is_ours(manifest):
+        raise UserError(f"{manifest}: is not of python -m shards.index; {remedy}")
+    begun = partial.is_dir() and all(map(_is_of_a_part, partial.iterdir()))
+    if partial.exists() and not begun:
+        raise UserError(f"{partial}: holds what is not of python -m shards.index; {remedy}")
+    # An interrupted call leaves both; the manifest comes last.
+    if (folder / RECORDS_NAME).exists() and not begun and not manifest.exists():
+        raise UserError(f"{folder / RECORDS_NAME}: is not of python -m shards.index; {remedy}")
+
+
+def _is_ours(manifest: Path) -> bool:
+    try:
+        return bool(Manifest.model_validate_json(manifest.read_bytes()).records_sha256)
+    except (OSError, ValidationError):
+        return False
+
+
+def _is_of_a_part(path: Path) -> bool:
+    return path.is_file() and (is_temporary(path) or path.name.endswith((".tar.json", ".tar.jsonl")))
 
 
 def _dataset(location: str, dataset: str) -> str:

@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from reid_dist.data.sample import MAX_IMAGE_BYTES
+from reid_dist.data.stream.tar import COMPRESSED, EXECUTABLE
 from reid_dist.errors import UserError
 
 BLOCK = 512
-
-# Other programs run or unpickle these when they meet them (webdataset does by default). No image-text set needs one.
-EXECUTABLE = frozenset(
-    {"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "joblib", "dill", "py", "pyc", "so", "dll", "exe", "sh", "bat"}
-)
 
 _REGULAR, _FOLDER, _PAX, _PAX_GLOBAL, _LONG_NAME = b"0\0", b"5", b"x", b"g", b"L"
 _REFUSED_KINDS = {
@@ -29,7 +25,6 @@ _REFUSED_KINDS = {
     b"6": "a pipe",
     b"S": "a sparse file",
 }
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 _MAX_HEADER_BYTES = 64 * 1024
 _AGAIN = "get the file again"
 
@@ -162,7 +157,7 @@ class _Reader:
             raise self._broken(start, "not a tar header")
 
     def _check_magic(self, beginning: bytes) -> None:
-        for magic, kind in _COMPRESSED.items():
+        for magic, kind in COMPRESSED.items():
             if beginning.startswith(magic):
                 raise UserError(f"{self._name}: is {kind}, not a plain tar; unpack it to a .tar first")
 

@@ -1,19 +1,18 @@
 """Writing a whole tree: parallel, deterministic, and complete or absent."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from reid_dist.errors import UserError
+from shards.workers import Progress, run_jobs
 from shards.world.formats import EXPORTERS
 from shards.world.formats.base import Record
 from shards.world.spec import ExportSpec
@@ -30,38 +29,20 @@ def _work(job: _Job) -> list[Record]:
     return [record for unit in units for record in write(spec, root, unit)]
 
 
-def _ignore_interrupt() -> None:
-    """Leave Ctrl-C to the parent, which stops the workers and removes the partial tree."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _work_numbered(job: tuple[int, _Job], _progress: Progress) -> tuple[int, list[Record]]:
+    return job[0], _work(job[1])
 
 
-def _records(jobs: list[_Job], workers: int) -> Iterator[list[Record]]:
+def _records(jobs: list[_Job], workers: int) -> Generator[list[Record], None, None]:
     """Yield the records of every job in order, whatever the number of workers."""
-    if workers <= 1:
-        yield from map(_work, jobs)
-        return
-    # spawn: forking a process that runs threads (torch under pytest) can dead-lock.
-    with multiprocessing.get_context("spawn").Pool(workers, initializer=_ignore_interrupt) as pool:
-        yield from pool.imap(_work, jobs)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that the partial tree is removed."""
-
-    def stop(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    early: dict[int, list[Record]] = {}
+    following = 0
+    with closing(run_jobs(_work_numbered, enumerate(jobs), min(workers, len(jobs)), lambda _: None)) as results:
+        for number, records in results:
+            early[number] = records
+            while following in early:
+                yield early.pop(following)
+                following += 1
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -118,6 +99,7 @@ def export(spec: ExportSpec, out: Path, workers: int = 1, say: Callable[[str], N
 
     Raises:
         UserError: `out` holds something else.
+        OSError: the disk is full, or a worker was killed.
     """
     if _up_to_date(spec, out):
         say(f"{out}: up to date")
@@ -127,16 +109,16 @@ def export(spec: ExportSpec, out: Path, workers: int = 1, say: Callable[[str], N
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     exporter = EXPORTERS[spec.format]
     try:
-        with _terminable():
-            partial.mkdir()
-            units = exporter.units(spec)
-            jobs = [(spec, partial, units[start : start + _CHUNK]) for start in range(0, len(units), _CHUNK)]
-            bar = tqdm(_records(jobs, workers), total=len(jobs), desc=spec.format, disable=not sys.stderr.isatty())
+        partial.mkdir()
+        units = exporter.units(spec)
+        jobs = [(spec, partial, units[start : start + _CHUNK]) for start in range(0, len(units), _CHUNK)]
+        with closing(_records(jobs, workers)) as parts:
+            bar = tqdm(parts, total=len(jobs), desc=spec.format, disable=not sys.stderr.isatty())
             records = [record for part in bar for record in part]
-            extra = exporter.finish(spec, partial, records)
-            world = {"version": WORLD_VERSION, "parameters": spec.parameters(), **extra}
-            write_whole(partial / WORLD_FILE, json.dumps(world, separators=(",", ":"), sort_keys=True))
-            os.rename(partial, out)
+        extra = exporter.finish(spec, partial, records)
+        world = {"version": WORLD_VERSION, "parameters": spec.parameters(), **extra}
+        write_whole(partial / WORLD_FILE, json.dumps(world, separators=(",", ":"), sort_keys=True))
+        os.rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     say(f"{out}: {spec.format}, {len(records)} images")

@@ -201,12 +201,15 @@ def read_world(root: Path, wanted: str) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         found = tree["parameters"]["format"]
+        complete = found != wanted or {"identities", "shots", "mentions"} <= tree.keys()
     except OSError:
         raise UserError(f"{path}: not there; name a tree written by `python -m shards.world export {wanted}`") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: cannot be read; export the tree again") from None
     if found != wanted:
         raise UserError(f"{path}: holds a {found} tree, a {wanted} tree is needed here")
+    if not complete:
+        raise UserError(f"{path}: does not tell of its pictures; export the tree again")
     return dict(tree)
 
 

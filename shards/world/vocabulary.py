@@ -54,10 +54,18 @@ def tree_words(root: Path) -> Counter[str]:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{listed}: cannot be read; export the tree again") from None
     else:
-        texts = [path.read_text(encoding="utf-8") for path in sorted(root.glob("*/*.txt"))]
-    if not texts:
-        raise UserError(f"{root}: holds no captions (neither reid_raw.json nor */*.txt)")
-    return Counter(word for text in texts for word in words_of(text))
+        texts = [_text_of(path) for path in sorted(root.glob("*/*.txt"))]
+    words = Counter(word for text in texts for word in words_of(text))
+    if not words:
+        raise UserError(f"{root}: holds no captions (neither reid_raw.json nor */*.txt); export the tree again")
+    return words
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; export the tree again") from None
 
 
 def coverage_of(corpus: Path, target: Path) -> Coverage:

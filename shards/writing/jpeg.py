@@ -6,7 +6,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from reid_dist.data.sample import MAX_IMAGE_BYTES, MAX_PIXELS
 from reid_dist.errors import UserError
@@ -15,6 +15,18 @@ ENCODED_QUALITY = 95
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112
+# What turns a picture upright.
+_TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# libjpeg's limit.
+_MAX_SIDE = 65_500
 
 # JFIF says how pixels are laid out and Adobe how colours are coded: a decoder needs these two. The other APPn
 # segments (EXIF with GPS, XMP, ICC, IPTC, previews) and comments may tell where, when and by whom.
@@ -62,13 +74,16 @@ def clean_image(data: bytes, name: str) -> CleanImage:
             f"{name}: {image.width} x {image.height} pixels, more than the cap of {MAX_PIXELS}; shrink the image"
         )
     _load(image, name)
-    rotated = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    orientation = _orientation(image)
     # MPO is a JPEG with further pictures behind its end, as cameras write them; those are cut off.
-    if image.format in ("JPEG", "MPO") and not rotated and image.mode in ("L", "RGB"):
+    if image.format in ("JPEG", "MPO") and orientation in (0, 1) and image.mode in ("L", "RGB"):
         stripped = strip_metadata(data)
         if stripped is not None:
             return CleanImage(stripped, image.width, image.height, encoded=False)
-    upright = _rgb(ImageOps.exif_transpose(image))
+    # Not Pillow's exif_transpose: it writes the other tags anew, which a damaged one ends with any exception.
+    upright = _rgb(image.transpose(_TURNS[orientation]) if orientation in _TURNS else image)
+    if max(upright.size) > _MAX_SIDE:
+        raise UserError(f"{name}: {upright.width} x {upright.height} pixels, too long for a JPEG; shrink the image")
     buffer = io.BytesIO()
     # An empty profile, as Pillow would otherwise copy that of the source.
     upright.save(buffer, "JPEG", quality=ENCODED_QUALITY, icc_profile=b"", exif=b"", comment=b"")
@@ -113,6 +128,17 @@ def strip_metadata(data: bytes) -> bytes | None:
             kept.append(data[start:position])
 
 
+def _orientation(image: Image.Image) -> object:
+    """What EXIF or XMP says; 1, upright, where they are too damaged to tell: the picture is whole all the same."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of corrupt EXIF data, which is left out anyway
+            orientation: object = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # SyntaxError, struct.error, TypeError, ...
+        return 1
+    return orientation
+
+
 def _is_metadata(marker: int, beginning: bytes) -> bool:
     if 0xE0 <= marker <= 0xEF:
         return _KEPT_APPLICATION_SEGMENTS.get(marker) != beginning
@@ -134,8 +160,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _open(data: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            # Reads the header only; our own cap on pixels is far below the one that Pillow warns of.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Reads the header only. Pillow warns of many pixels, where our own cap is far lower, and of damaged EXIF
+            # data, which are left out anyway.
+            warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data), formats=_FORMATS)
     except Exception as error:  # damaged files raise OSError, but also SyntaxError, struct.error, ...
         raise _undecodable(name, error) from None

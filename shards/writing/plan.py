@@ -79,7 +79,7 @@ def plan_shards(
         shard_bytes: size that a shard should not exceed.
 
     Raises:
-        UserError: a source occurs twice, or nothing is left.
+        UserError: a source occurs twice or is not UTF-8, or nothing is left.
     """
     # By path first: the order of a folder's listing must not decide. Keys before exclusion: they must not depend on it.
     taken: set[str] = set()
@@ -87,6 +87,8 @@ def plan_shards(
     for one, other in pairwise(listed):
         if one.source == other.source:
             raise UserError(f"{one.source}: named twice in the raw data; remove one of the entries")
+    for sample in listed:
+        _require_utf8(sample.source)
     entries = [Entry(sample_key(sample.source, taken), sample) for sample in listed]
     kept = [entry for entry in entries if entry.pid(dataset) not in exclusions.pids]
     if not kept:
@@ -94,6 +96,14 @@ def plan_shards(
     rng = np.random.Generator(np.random.PCG64(seed))
     units = _by_identity(kept, rng) if order == "identity" else ([position] for position in _shuffled(kept, rng))
     return Plan(dataset, kept, list(_cut(kept, units, shard_bytes)), len(entries) - len(kept))
+
+
+def _require_utf8(source: str) -> None:
+    """Python reads any bytes as a file's name, but a record cannot hold them."""
+    try:
+        source.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{source!a}: the name of the file is not UTF-8; rename it") from None
 
 
 def _shuffled(entries: Sequence[Entry], rng: np.random.Generator) -> Iterator[int]:

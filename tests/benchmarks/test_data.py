@@ -1,5 +1,6 @@
 """The benchmark of the loader: its crops, its pipelines and its rows."""
 
+import argparse
 import io
 import json
 import subprocess
@@ -114,5 +115,19 @@ def test_command_says_what_is_wrong(tmp_path: Path) -> None:
     assert result.returncode == 2 and result.stderr.startswith("error: ") and "no such shard folder" in result.stderr
     assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "x.json").exists()
     assert _command("nothing").returncode == 2
-    result = _command("data", "--shards", str(tmp_path), "--json", "x", "--workers", "0")
-    assert result.returncode == 2 and "--workers 0: must be above 0" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", "0"], "--workers 0: must be above 0"),
+        (["--seconds", "nan"], "--seconds nan: must be above 0"),
+        (["--seconds", "inf"], "--seconds inf: must be above 0"),
+        (["--json", "/"], "--json /: is a folder"),
+    ],
+)
+def test_wrong_options(options: list[str], message: str) -> None:
+    parser = argparse.ArgumentParser()
+    data.add_arguments(parser)
+    with pytest.raises(UserError, match=message):
+        data.run(parser.parse_args(["--shards", "none", "--json", "x.json", *options]))

@@ -19,8 +19,12 @@ import numpy as np
 import pytest
 
 from reid_dist.data import remote
+from reid_dist.data.exclude import read_exclusions
 from reid_dist.data.reader import ShardSet
+from reid_dist.data.stream.source import StreamSource
+from reid_dist.data.training_samples import TrainingSamples
 from reid_dist.errors import UserError
+from reid_dist.evaluation.benchmark import require_rows
 
 Build = Callable[..., Path]
 
@@ -204,6 +208,10 @@ def test_a_token_in_the_query_goes_to_every_request_and_into_no_message(server: 
         far.image_bytes(0)
     assert {query for _, _, query in server.requests} == {"sig=s3cret%2F%2B%3D"}
     assert "s3cret" not in str(caught.value)
+    for wrong in (lambda: TrainingSamples([far, far], (8, 4)), lambda: require_rows(far, "val")):
+        with pytest.raises(UserError) as caught:
+            wrong()
+        assert f"{server.url}/" in str(caught.value) and "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "429", "cut", "short", "other range", "flip"])
@@ -284,6 +292,21 @@ def test_a_remote_manifest_cannot_point_at_local_files(server: Server) -> None:
     _edit(server.folder, location="/etc/passwd")
     with pytest.raises(UserError, match=r"lies at /etc/passwd, which is no URL"):
         ShardSet(server.url)
+
+
+def test_a_remote_list_cannot_point_at_local_tars(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "00000.tar").write_bytes(bytes(1024))
+    for line in (str(tmp_path / "00000.tar"), f"file://{tmp_path}/00000.tar"):
+        (server.folder / "tars.txt").write_text(f"00000.tar\n{line}\n")
+        with pytest.raises(UserError, match=r"tars\.txt: names local files"):
+            StreamSource(f"{server.url}/tars.txt")
+
+
+def test_an_exclusion_list_beside_remote_sets(server: Server) -> None:
+    (server.folder / "exclude.txt").write_text("# asked to be left out\ntiny:1\n")
+    assert read_exclusions(f"{server.url}/exclude.txt").pids == {"tiny:1"}
+    with pytest.raises(UserError, match=r"none\.txt: the file is not there"):
+        read_exclusions(f"{server.url}/none.txt")
 
 
 def test_tars_behind_urls_indexed_here(server: Server, tmp_path: Path) -> None:

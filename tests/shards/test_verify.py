@@ -367,6 +367,7 @@ def test_published_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["SET", "--vocabulary", "nowhere.txt"], "nowhere.txt: the vocabulary cannot be read"),
         (["SET", "--tokenizer", "no-such"], "--tokenizer no-such: open_clip has no such architecture"),
         (["SET", "--out", "x"], "--out: belongs to --overlap"),
+        (["SET", "--json", "/"], "--json /: is a folder; name a file"),
     ],
 )
 def test_wrong_usage(whole: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,6 +142,8 @@ def test_foreign_or_damaged_folders_are_left_alone(
         (["dukemtmc"], "without the consent"),
         (["Occluded_Duke"], "without the consent"),
         (["market1501", "--shard-mb", "0"], "--shard-mb must be above 0"),
+        (["market1501", "--shard-mb", "nan"], "--shard-mb nan: must be above 0"),
+        (["market1501", "--shard-mb", "inf"], "--shard-mb inf: must be above 0"),
         (["market1501", "--dataset", "a b"], "--dataset 'a b'"),
         (["market1501", "--variant", "v3"], "--variant v3: market1501 has standard"),
         (["market1501", "--part", "0/4"], "1 <= i <= n"),

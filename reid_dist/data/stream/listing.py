@@ -35,6 +35,8 @@ def tar_locations(location: str) -> list[str]:
         tars = [str(path) for path in found]
     elif _path(location).endswith(".txt"):
         tars = [tar for line in _list_lines(location) for tar in _expand(line)]
+        if is_remote(location) and not all(map(is_remote, tars)):
+            raise UserError(f"{shown_location(location)}: names local files; a list behind a URL may name URLs only")
     else:
         tars = _expand(location)
     for tar in tars:
@@ -76,12 +78,20 @@ def _is_whole(name: str) -> bool:
 
 
 def _expand(pattern: str) -> list[str]:
-    """The names of a pattern with number ranges in braces, at most MAX_TARS of them."""
-    shown = shown_location(pattern)
     if not _path(pattern).endswith(".tar"):
-        raise UserError(f"{shown}: no folder, .tar or list (.txt) of that name; check data.train")
+        raise UserError(f"{shown_location(pattern)}: no folder, .tar or list (.txt) of that name; check data.train")
+    return expand_ranges(pattern)
+
+
+def expand_ranges(pattern: str) -> list[str]:
+    """The names of a pattern with number ranges in braces, at most MAX_TARS of them.
+
+    Raises:
+        UserError: more, or braces that hold something else.
+    """
+    shown = shown_location(pattern)
     if re.search(r"[{}]", _RANGE.sub("", pattern)):
-        raise UserError(f"{shown}: braces hold a range of numbers, {{00000..00331}}; list other names in a .txt file")
+        raise UserError(f"{shown}: braces hold a range of numbers, {{00000..00331}}; give other names one by one")
     count = math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern))
     if count > MAX_TARS:
         raise UserError(f"{shown}: stands for {count} tars, more than {MAX_TARS}; correct the range")

@@ -75,7 +75,7 @@ class StreamLoader:
         workers: reading processes; 0 reads in this one.
         pin_memory: page-locked batches for faster copies to a GPU; only with workers.
         max_bad_fraction: share of the samples of this rank that may be bad, see `BadSamples`.
-        position: where to go on, see `position` and `stream_position.resume_position`; None begins.
+        position: where to go on, see `position` and `stream.position.resume_position`; None begins.
 
     Raises:
         UserError: the global batch cannot be shared, there are fewer tars than streams, the weights do not fit the
@@ -137,7 +137,7 @@ class StreamLoader:
         """Where this rank stands after the last step that `steps` gave: JSON-able, batches read in advance left out.
 
         Save that of every rank. `StreamLoader(..., position=...)` goes on from it with exactly the batches that would
-        have followed; for another number of ranks or workers see `stream_position.resume_position`.
+        have followed; for another number of ranks or workers see `stream.position.resume_position`.
         """
         return self._position.model_dump()
 

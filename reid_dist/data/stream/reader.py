@@ -73,7 +73,7 @@ class PairStream:
 
 
 class _Lane:
-    """One lane of one stream, see `stream_position` for the order."""
+    """One lane of one stream, see `stream.plan` for the order."""
 
     def __init__(
         self,

@@ -117,7 +117,7 @@ class StreamSource:
         return None if None in counts else sum(count for count in counts if count is not None)
 
     def identity(self) -> list[object]:
-        """What decides the samples and their order, for `stream_position.digest`."""
+        """What decides the samples and their order, for `stream.position.digest`."""
         kept = "" if self._kept is None else hashlib.sha256(np.packbits(self._kept).tobytes()).hexdigest()
         index = "" if self.shards is None else self.shards.manifest.index_sha256
         names = [os.path.basename(shown_location(tar.location)) for tar in self.tars]

@@ -14,12 +14,15 @@ from reid_dist.errors import UserError
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp"})
 TEXTS = frozenset({"json", "txt"})
 # Other readers of such tars run these (webdataset unpickles by default); a set of images and captions needs none.
-EXECUTABLE = frozenset({"pkl", "pickle", "pyd", "pyc", "py", "pth", "pt", "ckpt", "joblib", "dill", "so", "sh"})
+EXECUTABLE = frozenset(
+    {"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "joblib", "dill", "py", "pyc", "so", "dll", "exe", "sh", "bat"}
+)
+# How files begin that are no plain tars.
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 _BLOCK = 512
 _END = bytes(_BLOCK)
 _MAX_EXTENDED = 1 << 20
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
 _NAME = re.compile(r"((?:[^/\\\x00-\x1f\x7f]+/)*[^/.\\\x00-\x1f\x7f]+)\.([^/\\\x00-\x1f\x7f]+)")
 
@@ -246,7 +249,7 @@ def _extended(kind: bytes, content: bytes, name: str, position: int) -> dict[str
 
 def _broken(name: str, position: int, what: str, beginning: bytes = b"") -> BrokenShardError:
     if position == 0:
-        for magic, kind in _COMPRESSED.items():
+        for magic, kind in COMPRESSED.items():
             if beginning.startswith(magic):
                 return BrokenShardError(f"{name}: is {kind}, not a plain tar; unpack it to a .tar first")
     return BrokenShardError(f"{name}: at byte {position}: {what}; get the file again, or leave it out")

@@ -258,6 +258,13 @@ def test_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "to leave these out of training, write a list: --out exclude.txt" in capsys.readouterr().out
 
 
+def test_secrets_of_urls_stay_out_of_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.verify.find_overlaps", lambda *_: [])
+    out = tmp_path / "exclude.txt"
+    assert main(["--overlap", "https://me:s3cret@host/a?token=s3cret", "b", "--out", str(out)]) == 0
+    assert "--overlap https://host/a b --out" in out.read_text() and "s3cret" not in out.read_text()
+
+
 def test_nothing_shared_writes_a_head_only(make: Make, tmp_path: Path) -> None:
     one, out = make("one", Photo("1", picture(1))), tmp_path / "exclude.txt"
     two = make("two", Photo("2", picture(2), "query", "test"))

@@ -299,6 +299,19 @@ def test_sets_of_ours_and_equal_names_are_refused(
     assert "a set of python -m shards.write" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "records.jsonl", "partial/notes.txt", "partial"])
+def test_files_of_other_programs_are_left_alone(
+    name: str, downloaded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = downloaded / name
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text('{"shards": []}')
+    assert main(["build", str(downloaded), "--workers", "1"]) == 2
+    error = capsys.readouterr().err
+    assert str(downloaded / name.split("/")[0]) in error and "choose another --out" in error and error.count("\n") == 1
+    assert theirs.read_text() == '{"shards": []}' and not (downloaded / "index.npy").exists()
+
+
 def test_interrupted_call_continues(
     downloaded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -188,8 +189,8 @@ def test_an_exception_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_termination_leaves_nothing(workers: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "number"), [("1", signal.SIGTERM), ("2", signal.SIGTERM), ("2", signal.SIGINT)])
+def test_termination_leaves_nothing(workers: str, number: signal.Signals, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -201,12 +202,26 @@ def test_termination_leaves_nothing(workers: str, tmp_path: Path) -> None:
         "--ids",
         "5000",
     ]
-    process = subprocess.Popen([*command, "--seed", "0", "--workers", workers], cwd=ROOT)
+    process = subprocess.Popen([*command, "--workers", workers], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob(".out.partial-*/*/*.jpg")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) != 0
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and error == "error: interrupted; run the same command again\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_worker_ends_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = BaseProcess.start
+
+    def start_and_kill(process: BaseProcess) -> None:
+        start(process)
+        process.kill()
+
+    monkeypatch.setattr(BaseProcess, "start", start_and_kill)
+    with pytest.raises(OSError, match="a worker process ended with exit code -9"):
+        export(_spec("cuhk_pedes", ids=40), tmp_path / "out", workers=2)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -64,6 +64,8 @@ def test_missing_or_wrong_tree(tmp_path: Path) -> None:
     (tmp_path / "world.json").write_text('{"parameters": {"format": "market1501"}}')
     with pytest.raises(UserError, match="holds a market1501 tree"):
         read_world(tmp_path, "cuhk_pedes")
+    with pytest.raises(UserError, match="does not tell of its pictures"):
+        read_world(tmp_path, "market1501")
 
 
 INSTANCE = World(5, 0.6, 3, 0.6, 0.1, instance=0.8)

@@ -43,6 +43,12 @@ def test_nothing_shared(tmp_path: Path) -> None:
 def test_trees_without_captions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no captions"):
         tree_words(tmp_path)
+    texts = _pairs(tmp_path / "a", " ...")
+    with pytest.raises(UserError, match="holds no captions"):
+        tree_words(texts)
+    next(texts.rglob("*.txt")).write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"\.txt: not UTF-8 text"):
+        tree_words(texts)
     (tmp_path / "reid_raw.json").write_text("[{}]")
     with pytest.raises(UserError, match=r"reid_raw\.json: cannot be read"):
         tree_words(tmp_path)

@@ -67,6 +67,23 @@ def test_rotation_is_applied_once(orientation: int) -> None:
     assert SECRET not in cleaned and not Image.open(io.BytesIO(cleaned)).getexif()
 
 
+@pytest.mark.filterwarnings("error")
+def test_damaged_exif_data_leave_without_harm() -> None:
+    """Pillow raises anything from SyntaxError to AttributeError when it reads or writes such data."""
+    data = _encode(_picture(), orientation=6)
+    start, end = data.index(b"Exif") + 6, data.index(b"ICC_PROFILE") - 4
+    for place in range(start, end):
+        for value in (0, 5, 6, 8, 11, 22, 26, 41, 255):
+            cleaned = clean_image(data[:place] + bytes([value]) + data[place + 1 :], "x")
+            assert SECRET not in cleaned.data and b"Exif" not in cleaned.data
+            assert (cleaned.width, cleaned.height) in ((32, 48), (48, 32)), (place - start, value)
+
+
+def test_an_image_too_long_for_a_jpeg_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="x: 65501 x 2 pixels, too long for a JPEG"):
+        clean_image(_encode(Image.new("RGB", (65_501, 2)), "PNG"), "x")
+
+
 @pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("PNG", "RGBA"), ("WEBP", "RGB"), ("JPEG", "CMYK")])
 def test_other_kinds_are_encoded(kind: str, mode: str) -> None:
     cleaned, width, height, encoded = clean_image(_encode(_picture().convert(mode), kind), "x")

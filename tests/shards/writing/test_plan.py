@@ -1,7 +1,7 @@
 """Plans of shards: complete, bounded, mixed, and the same whatever the order of listing."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 
 import numpy as np
@@ -123,3 +123,9 @@ def test_double_sources_are_errors() -> None:
     samples = _samples(3)
     with pytest.raises(UserError, match=r"0/00001\.jpg: named twice"):
         _plan([*samples, samples[1]])
+
+
+def test_names_that_are_not_utf8_are_errors() -> None:
+    samples = [*_samples(3), replace(_samples(1)[0], source="a/caf\udce9.jpg")]
+    with pytest.raises(UserError, match=r"'a/caf\\udce9\.jpg': the name of the file is not UTF-8; rename it"):
+        _plan(samples)
