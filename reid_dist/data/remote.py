@@ -1,17 +1,21 @@
 """Where shards may lie, and byte ranges of those behind http(s) and in S3, through fsspec.
 
-A location is a local path or a URL of one of SCHEMES; nothing in it is expanded or executed. The query of a URL (a
-signature, a token) is kept for requests and left out of messages.
+A location is a local path or a URL of one of SCHEMES; nothing in it is executed, and nothing is expanded but number
+ranges where a pattern is asked for. The query of a URL (a signature, a token) is kept for requests and left out of
+messages.
 """
 
 import asyncio
 import hashlib
+import math
 import os
 import re
 import time
 from collections.abc import Callable
 from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
+
+from braceexpand import braceexpand
 
 from reid_dist.errors import UserError
 
@@ -22,7 +26,10 @@ ATTEMPTS = 5
 FIRST_WAIT_S = 0.2
 _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S = 10, 30
 _CHUNK = 1 << 20
+# LAION-5B has 231,000 tars. A pattern is expanded in memory.
+MAX_TARS = 1_000_000
 
+_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _TEMPORARY_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
@@ -113,6 +120,21 @@ def shown_location(location: str) -> str:
         return location
     host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
     return f"{head}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def expand_ranges(pattern: str) -> list[str]:
+    """The names of a pattern with number ranges in braces, at most MAX_TARS of them.
+
+    Raises:
+        UserError: more, or braces that hold something else.
+    """
+    shown = shown_location(pattern)
+    if re.search(r"[{}]", _RANGE.sub("", pattern)):
+        raise UserError(f"{shown}: braces hold a range of numbers, {{00000..00331}}; give other names one by one")
+    count = math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern))
+    if count > MAX_TARS:
+        raise UserError(f"{shown}: stands for {count} tars, more than {MAX_TARS}; correct the range")
+    return list(braceexpand(pattern, escape=False))
 
 
 def read_range(url: str, offset: int, size: int) -> bytes:

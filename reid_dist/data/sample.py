@@ -27,6 +27,12 @@ DATASET_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_IMAGE_BYTES = 20_000_000
 MAX_JSON_BYTES = 64 * 1024
 MAX_PIXELS = 4_000_000
+# Other readers of such tars run these (webdataset unpickles by default); a set of images and captions needs none.
+EXECUTABLE = frozenset(
+    {"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "joblib", "dill", "py", "pyc", "so", "dll", "exe", "sh", "bat"}
+)
+# How files begin that are no plain tars.
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 # Offsets are those of the content inside the tar, so that one pread returns the bytes. `split` and `role` are
 # positions in SPLITS and ROLES; `pid` is a position in the manifest's identities. The digests are those of the

@@ -16,9 +16,8 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from reid_dist.data.remote import check_location, is_remote, shown_location
+from reid_dist.data.remote import check_location, expand_ranges, is_remote, shown_location
 from reid_dist.data.sample import DATASET_PATTERN, INDEX_NAME, MANIFEST_NAME, RECORDS_NAME, SPLITS, Manifest, Split
-from reid_dist.data.stream.listing import expand_ranges
 from reid_dist.errors import UserError
 from shards.indexing.foreign import TarJob, index_tar
 from shards.progress import Progress

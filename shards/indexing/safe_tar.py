@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from reid_dist.data.sample import MAX_IMAGE_BYTES
-from reid_dist.data.stream.tar import COMPRESSED, EXECUTABLE
+from reid_dist.data.sample import COMPRESSED, EXECUTABLE, MAX_IMAGE_BYTES
 from reid_dist.errors import UserError
 
 BLOCK = 512

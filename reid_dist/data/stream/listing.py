@@ -1,20 +1,13 @@
 """Which tars a location stands for: a folder, a pattern, a list or a single tar."""
 
-import math
 import os
 import re
 from pathlib import Path
 
-from braceexpand import braceexpand
-
-from reid_dist.data.remote import check_location, is_remote, read_file, shown_location
+from reid_dist.data.remote import check_location, expand_ranges, is_remote, read_file, shown_location
 from reid_dist.data.sample import MANIFEST_NAME
 from reid_dist.errors import UserError
 
-# LAION-5B has 231,000 tars. A pattern is expanded in memory.
-MAX_TARS = 1_000_000
-
-_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _MAX_LIST_BYTES = 256 << 20
 
 
@@ -81,18 +74,3 @@ def _expand(pattern: str) -> list[str]:
     if not _path(pattern).endswith(".tar"):
         raise UserError(f"{shown_location(pattern)}: no folder, .tar or list (.txt) of that name; check data.train")
     return expand_ranges(pattern)
-
-
-def expand_ranges(pattern: str) -> list[str]:
-    """The names of a pattern with number ranges in braces, at most MAX_TARS of them.
-
-    Raises:
-        UserError: more, or braces that hold something else.
-    """
-    shown = shown_location(pattern)
-    if re.search(r"[{}]", _RANGE.sub("", pattern)):
-        raise UserError(f"{shown}: braces hold a range of numbers, {{00000..00331}}; give other names one by one")
-    count = math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern))
-    if count > MAX_TARS:
-        raise UserError(f"{shown}: stands for {count} tars, more than {MAX_TARS}; correct the range")
-    return list(braceexpand(pattern, escape=False))

@@ -8,17 +8,11 @@ import re
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
-from reid_dist.data.sample import MAX_IMAGE_BYTES, MAX_JSON_BYTES
+from reid_dist.data.sample import COMPRESSED, EXECUTABLE, MAX_IMAGE_BYTES, MAX_JSON_BYTES
 from reid_dist.errors import UserError
 
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp"})
 TEXTS = frozenset({"json", "txt"})
-# Other readers of such tars run these (webdataset unpickles by default); a set of images and captions needs none.
-EXECUTABLE = frozenset(
-    {"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "joblib", "dill", "py", "pyc", "so", "dll", "exe", "sh", "bat"}
-)
-# How files begin that are no plain tars.
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 _BLOCK = 512
 _END = bytes(_BLOCK)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from reid_dist.data.exclude import Exclusions
+from reid_dist.data.remote import MAX_TARS
 from reid_dist.data.sample import content_digest
-from reid_dist.data.stream.listing import MAX_TARS
 from reid_dist.data.stream.source import Pair, StreamSource
 from reid_dist.errors import UserError
 from tests.data.stream_files import write_set, write_tars
