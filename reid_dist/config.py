@@ -6,6 +6,7 @@ are the defaults of every stage; `stages.<name>.…` overrides them.
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -103,8 +104,12 @@ class DataConfig(Section):
 
     def location(self, name: str) -> str:
         """Where a set is: its own path or address, or the one below `root`."""
-        own = name.startswith("/") or "://" in name
-        return name if own else f"{self.root.rstrip('/')}/{name}"
+        if name.startswith("/") or "://" in name:
+            return name
+        if "://" not in self.root:
+            return f"{self.root.rstrip('/')}/{name}"
+        root = urlsplit(self.root)  # what follows the path, the token of a signed address, stays behind it
+        return urlunsplit(root._replace(path=f"{root.path.rstrip('/')}/{name}"))
 
 
 class EngineConfig(Section):

@@ -11,8 +11,9 @@ from typing import Any, get_args
 
 from reid_dist.data.sample import Manifest, Sample, Split
 from reid_dist.errors import UserError
+from shards.command import exit_code
 from shards.indexing.build_index import BuildOptions, build_index
-from shards.workers import Interrupted, processors, signals_raise
+from shards.workers import processors
 from shards.writing.build import merge
 from shards.writing.files import file_sha256 as file_sha256
 from shards.writing.files import write_file as write_file
@@ -72,12 +73,6 @@ class ShardWriter:
             self._close_shard()
         return write_index(self.folder, self.dataset, self._parts, card)
 
-    def abort(self) -> None:
-        """Remove an open tar; without a manifest the others are no set."""
-        if self._shard is not None:
-            self._shard.discard()
-        self._shard = None
-
     def _close_shard(self) -> None:
         assert self._shard is not None
         self._parts.append(self._shard.finish())
@@ -87,33 +82,23 @@ class ShardWriter:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 2 for wrong input, 1 for a full disk and the like, 128 + a signal."""
     options = _parser().parse_args(arguments)
-    try:
-        with signals_raise():
-            if options.command == "merge":
-                manifest = merge(options.folder)
-                folder = options.folder
-            else:
-                folder, manifest = build_index(
-                    options.sources,
-                    BuildOptions(
-                        out=options.out,
-                        dataset=options.dataset,
-                        split=options.split,
-                        max_bad_fraction=options.max_bad_fraction,
-                        workers=options.workers,
-                    ),
-                )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as signal:
-        print("error: interrupted; run the same command again to continue", file=sys.stderr)
-        return 128 + signal.number
-    print(f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards")
-    return 0
+
+    def command() -> int:
+        if options.command == "merge":
+            folder, manifest = options.folder, merge(options.folder)
+        else:
+            build = BuildOptions(
+                out=options.out,
+                dataset=options.dataset,
+                split=options.split,
+                max_bad_fraction=options.max_bad_fraction,
+                workers=options.workers,
+            )
+            folder, manifest = build_index(options.sources, build)
+        print(f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards")
+        return 0
+
+    return exit_code(command, "; run the same command again to continue")
 
 
 def _parser() -> argparse.ArgumentParser:

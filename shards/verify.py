@@ -15,13 +15,15 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
+from reid_dist.data.reader import ShardSet
 from reid_dist.data.remote import check_location, is_remote, shown_location
 from reid_dist.errors import UserError
 from shards.checking.captions import TokenizerChoice, make_tokenizer
 from shards.checking.overlap import find_overlaps, prepare_list, table, unrecognised, write_exclusions
 from shards.checking.shard_set import Report, verify_set
+from shards.command import exit_code
 from shards.raw import Counts
-from shards.workers import Interrupted, processors, signals_raise
+from shards.workers import processors
 from shards.writing.files import write_file
 
 _LISTED = 20
@@ -171,11 +173,13 @@ def _overlap(options: argparse.Namespace, command: str) -> int:
         raise UserError("--expect, --vocabulary and --tokenizer do not go with --overlap; check the sets first")
     if options.out is not None:
         prepare_list(options.out)
+    # Opened before the long work: what is compared is named, not what lies there afterwards.
+    compared = [ShardSet(each) for each in dict.fromkeys(options.sets)] if options.out is not None else []
     overlaps = find_overlaps(options.sets, options.workers or processors())
     pids = {pid for each in overlaps for pid in each.pids}
     lines = [*table(overlaps), f"identities excluded in all: {len(pids)}"]
     if options.out is not None:
-        write_exclusions(options.out, pids, [command, *lines])
+        write_exclusions(options.out, pids, compared, [command, *lines])
         lines.append(f"{options.out}: written; name it as data.exclude")
     elif pids:
         lines.append("to leave these out of training, write a list: --out exclude.txt")
@@ -201,27 +205,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code, see above."""
     options = _parser().parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
-    try:
-        with signals_raise():
-            if options.workers is not None and options.workers < 1:
-                raise UserError("--workers must be at least 1")
-            if options.json is not None and options.json.is_dir():
-                raise UserError(f"--json {options.json}: is a folder; name a file, such as {options.json / 'a.json'}")
-            if options.overlap:
-                # The list is handed on: without the secrets of URLs.
-                return _overlap(options, f"python -m shards.verify {shlex.join(map(shown_location, given))}")
-            if options.out is not None:
-                raise UserError("--out: belongs to --overlap; the report is written with --json FILE")
-            return _check(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, missing rights
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as signal:
-        print("error: interrupted", file=sys.stderr)
-        return 128 + signal.number
+
+    def command() -> int:
+        if options.workers is not None and options.workers < 1:
+            raise UserError("--workers must be at least 1")
+        if options.json is not None and options.json.is_dir():
+            raise UserError(f"--json {options.json}: is a folder; name a file, such as {options.json / 'a.json'}")
+        if options.overlap:
+            # The list is handed on: without the secrets of URLs.
+            return _overlap(options, f"python -m shards.verify {shlex.join(map(shown_location, given))}")
+        if options.out is not None:
+            raise UserError("--out: belongs to --overlap; the report is written with --json FILE")
+        return _check(options)
+
+    return exit_code(command, "")
 
 
 if __name__ == "__main__":

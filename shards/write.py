@@ -35,8 +35,9 @@ from shards import (
     webperson,
     wit,
 )
+from shards.command import exit_code
 from shards.raw import Converter
-from shards.workers import Interrupted, processors, signals_raise
+from shards.workers import processors
 from shards.writing.plan import ORDERS
 from shards.writing.shard_set import WriteOptions, write_set
 
@@ -103,34 +104,27 @@ def write(name: str, root: Path, out: Path, **options: Any) -> Manifest | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 2 for wrong input, 1 for a full disk and the like, 128 + a signal."""
     options = _parser().parse_args(arguments)
-    try:
-        with signals_raise():
-            write(
-                options.name,
-                options.root,
-                options.out,
-                dataset=options.dataset,
-                variant=options.variant,
-                shard_bytes=_shard_bytes(options.shard_mb),
-                seed=options.seed,
-                order=options.order,
-                exclude=options.exclude,
-                max_bad_fraction=options.max_bad_fraction,
-                allow_mismatch=options.allow_mismatch,
-                workers=options.workers,
-                part=options.part,
-            )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as signal:
-        kept = f"{options.out} keeps the finished shards; run the same command again to continue"
-        print(f"error: interrupted, {kept}", file=sys.stderr)
-        return 128 + signal.number
-    return 0
+
+    def command() -> int:
+        write(
+            options.name,
+            options.root,
+            options.out,
+            dataset=options.dataset,
+            variant=options.variant,
+            shard_bytes=_shard_bytes(options.shard_mb),
+            seed=options.seed,
+            order=options.order,
+            exclude=options.exclude,
+            max_bad_fraction=options.max_bad_fraction,
+            allow_mismatch=options.allow_mismatch,
+            workers=options.workers,
+            part=options.part,
+        )
+        return 0
+
+    kept = f"{options.out} keeps the finished shards; run the same command again to continue"
+    return exit_code(command, f", {kept}")
 
 
 def _parser() -> argparse.ArgumentParser:

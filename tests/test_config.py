@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reid_dist.config import I2ILoss, RunConfig, T2IStageConfig
+from reid_dist.config import DataConfig, I2ILoss, RunConfig, T2IStageConfig
 from reid_dist.errors import UserError
 from reid_dist.recipe_file import dump_config, load_config
 
@@ -354,3 +354,17 @@ def test_a_config_cannot_be_changed(recipe: Path) -> None:
     config: RunConfig = load_config(recipe)
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("root", "name", "location"),
+    [
+        ("data/shards/", "market1501", "data/shards/market1501"),
+        ("data", "/elsewhere/set", "/elsewhere/set"),
+        ("s3://bucket/sets", "https://host/set", "https://host/set"),
+        ("s3://bucket/sets/", "market1501", "s3://bucket/sets/market1501"),
+        ("https://host:8080/a?token=x/y", "cc3m/{0..9}.tar", "https://host:8080/a/cc3m/{0..9}.tar?token=x/y"),
+    ],
+)
+def test_where_a_set_is(root: str, name: str, location: str) -> None:
+    assert DataConfig(root=root).location(name) == location

@@ -22,8 +22,8 @@ def find_contamination(
     """What training sets share with evaluation sets, but no set with itself.
 
     Stored images are compared by the hashes in the indexes. Copies that were compressed anew have other hashes: sets
-    that by their cards were cut from one another count as shared until an exclusion list leaves out some image of
-    one of the two, as that of `shards.verify --overlap` does, which compares pixels and names too.
+    that by their cards were cut from one another count as shared until an exclusion list that was made of both leaves
+    out some image of one of the two, as that of `shards.verify --overlap` does, which compares pixels and names too.
 
     Args:
         train: sets whose training split is trained on.
@@ -101,12 +101,13 @@ def _shared_images(
 
 def _shared_origin(trained: ShardSet, tested: ShardSet, excluded: Exclusions) -> str:
     shared = shared_origins(trained, tested)
-    # A list that leaves out an image of either was made by comparing them; another one says nothing of them.
-    if not shared or any(_leaves_out(excluded, each) for each in (trained, tested)):
+    # A list speaks for two sets when it was made by comparing them and found something to leave out of either.
+    compared = {trained.manifest.index_sha256, tested.manifest.index_sha256} <= excluded.compared
+    if not shared or (compared and any(_leaves_out(excluded, each) for each in (trained, tested))):
         return ""
     return (
         f"{trained.shown}: shows people of {', '.join(shared)}, and so does {tested.shown}, on which it "
-        f"would be tested, and no image of them is excluded; {_REMEDY}"
+        f"would be tested, and no list that was made of both leaves out what they share; {_REMEDY}"
     )
 
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -17,9 +17,12 @@ from reid_dist.errors import UserError
 # A raw id that holds white space would not be told from two entries on a line.
 EXCLUDABLE = re.compile(rf"{DATASET_PATTERN.pattern}:\S+")
 IMAGE_PREFIX = "sha256:"
+# A comment that tells of a set: name, and sha256 of its index.
+COMPARED = "# compared: {} {}"
 
 _MAX_BYTES = 1 << 30
 _HEX = re.compile(r"[0-9a-fA-F]{64}")
+_COMPARED = re.compile(rf"^{COMPARED.format(DATASET_PATTERN.pattern, '([0-9a-f]{64})')}$")
 _COMMAND = "python -m shards.verify --overlap DIR... --out"
 
 
@@ -30,10 +33,12 @@ class Exclusions:
     Attributes:
         pids: identities, "dataset:raw id".
         images: hex sha256 of stored images.
+        compared: sets that the list was made by comparing, each by the sha256 of its index; for `contamination`.
     """
 
     pids: frozenset[str] = frozenset()
     images: frozenset[str] = frozenset()
+    compared: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __bool__(self) -> bool:
         return bool(self.pids or self.images)
@@ -84,9 +89,10 @@ def read_exclusions(path: str | os.PathLike[str]) -> Exclusions:
         raise UserError(
             f"{path}: the exclusion list cannot be read ({reason}); write it with `{_COMMAND} {os.fspath(path)}`"
         ) from None
-    pids, images = set(), set()
+    pids, images, compared = set(), set(), set()
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):
+            compared.update(_COMPARED.findall(line))
             continue
         prefix, _, image = line.partition(IMAGE_PREFIX)
         if not prefix and _HEX.fullmatch(image):
@@ -98,4 +104,4 @@ def read_exclusions(path: str | os.PathLike[str]) -> Exclusions:
                 f'{path}: line {number} "{line[:60]}" is neither an identity nor an image; write one '
                 f'"dataset:raw id" or "sha256:<64 hex digits>" a line, without spaces, and start comments with #'
             )
-    return Exclusions(frozenset(pids), frozenset(images))
+    return Exclusions(frozenset(pids), frozenset(images), frozenset(compared))

@@ -110,11 +110,6 @@ class ShardSet:
             chosen &= np.isin(self.index["role"], [ROLES.index(role) for role in roles])
         return np.flatnonzero(chosen).astype(np.int64)
 
-    def image_digests(self, rows: Rows) -> npt.NDArray[np.uint64]:
-        """What `sample.content_digest` gives for the stored images of some rows, without reading them."""
-        digests: npt.NDArray[np.uint64] = self.index["image_digest"][rows]
-        return digests
-
     def image_bytes(self, row: int) -> bytes:
         """The stored image file of a row.
 

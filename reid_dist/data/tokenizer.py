@@ -105,11 +105,6 @@ class WordTokenizer:
         known_L = (token_L >= self.word_ids[0]) & (token_L < self.word_ids[1])
         return np.where(known_L, np.cumsum(known_L) - 1, -1)
 
-    def unknown_share(self, texts: Sequence[str]) -> float:
-        """Share of the words (0 to 1) that are not in the list."""
-        words = [word for text in texts for word in split_words(text)]
-        return sum(word not in self._ids for word in words) / max(1, len(words))
-
     def _row(self, text: str) -> list[int]:
         words = split_words(text)[: self.context_length - 2]
         row = [START, *(self._ids.get(word, UNKNOWN) for word in words), self.end]

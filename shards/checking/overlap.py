@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from reid_dist.data.cache import Images
 from reid_dist.data.contamination import evaluated_rows, same_set, shared_origins
-from reid_dist.data.exclude import EXCLUDABLE
+from reid_dist.data.exclude import COMPARED, EXCLUDABLE
 from reid_dist.data.reader import Rows, ShardSet
 from reid_dist.errors import UserError
 from shards.raw import IMAGE_SUFFIXES
@@ -186,12 +186,13 @@ def prepare_list(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def write_exclusions(path: Path, pids: Iterable[str], comments: Iterable[str]) -> None:
+def write_exclusions(path: Path, pids: Iterable[str], compared: Iterable[ShardSet], comments: Iterable[str]) -> None:
     """Write an exclusion list for `read_exclusions`, whole or not at all.
 
     Args:
         path: the file.
         pids: identities, written sorted.
+        compared: sets that the list speaks for.
         comments: lines for its head.
 
     Raises:
@@ -203,6 +204,7 @@ def write_exclusions(path: Path, pids: Iterable[str], comments: Iterable[str]) -
             raise UserError(f"{path}: identity {pid!r} holds white space; write its set again with other raw ids")
     # Split once more: a file name may hold a line break.
     head = [f"# {line}" for comment in comments for line in comment.splitlines()]
+    head += [COMPARED.format(shards.name, shards.manifest.index_sha256) for shards in compared]
     text = "".join(line + "\n" for line in (_FIRST_LINE, *head, *listed))
     write_file(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 

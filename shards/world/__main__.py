@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reid_dist.errors import UserError
-from shards.workers import Interrupted, signals_raise
+from shards.command import exit_code
 from shards.world.camera import CAMERAS
 from shards.world.captions import STYLES
 from shards.world.export import export, write_whole
@@ -144,20 +144,13 @@ _COMMANDS = {"export": _export, "oracle": _oracle, "vocabulary": _vocabulary, "s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 2 wrong input, 1 the disk or the system fails, 128 + a signal."""
-    try:
+
+    def command() -> int:
         args = _parser().parse_args(argv)
-        with signals_raise():
-            _COMMANDS[args.command](args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as signal:
-        print("error: interrupted; run the same command again", file=sys.stderr)
-        return 128 + signal.number
-    return 0
+        _COMMANDS[args.command](args)
+        return 0
+
+    return exit_code(command, "; run the same command again")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""Tiny shard sets made by code."""
+"""Tiny shard sets made by code, and a server for them."""
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from reid_dist.data import remote
 from reid_dist.data.sample import Sample
 from shards.index import ShardWriter
+from tests.data.file_server import Server, serving
 
 Build = Callable[..., Path]
 
@@ -59,3 +61,16 @@ def build(tmp_path: Path) -> Build:
         return folder
 
     return make
+
+
+@pytest.fixture
+def server(build: Build) -> Iterator[Server]:
+    """The tiny set behind http."""
+    with serving(build()) as state:
+        yield state
+
+
+@pytest.fixture
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No long waits between attempts."""
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)

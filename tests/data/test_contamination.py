@@ -86,6 +86,11 @@ def test_sets_cut_from_one_another(make: Make, train: dict[str, Any], test: dict
     assert len(found) == (shared is not None)
     for line in found:
         assert line.startswith(f"{one.path}: shows people of {shared}, and so does {two.path}, ")
-    # A list that leaves nothing of them out was not made for them.
-    assert find_contamination([one], [two], Exclusions(frozenset({"three:a"}))) == found
-    assert find_contamination([one], [two], Exclusions(frozenset({"one:a"}))) == []
+    # A list speaks for the sets that it was made of, and only when it leaves something of them out.
+    both = frozenset({one.manifest.index_sha256, two.manifest.index_sha256})
+    people = frozenset({"one:a"})
+    assert find_contamination([one], [two], Exclusions(frozenset({"three:a"}), compared=both)) == found
+    assert find_contamination([one], [two], Exclusions(people)) == found
+    for each in both:
+        assert find_contamination([one], [two], Exclusions(people, compared=frozenset({each}))) == found
+    assert find_contamination([one], [two], Exclusions(people, compared=both)) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reid_dist.data.exclude import NOTHING, Exclusions, read_exclusions
+from reid_dist.data.exclude import COMPARED, NOTHING, Exclusions, read_exclusions
 from reid_dist.data.reader import ShardSet
 from reid_dist.errors import UserError
 
@@ -34,6 +34,21 @@ def test_identities_images_comments_and_blank_lines(tmp_path: Path) -> None:
 def test_lists_may_be_empty(tmp_path: Path, content: bytes) -> None:
     read = _read(tmp_path / "exclude.txt", content)
     assert read == NOTHING and not read
+
+
+def test_sets_that_a_list_was_made_of(tmp_path: Path) -> None:
+    one, two = "1" * 64, "f" * 64
+    content = (
+        f"# head\n{COMPARED.format('one', one)}\r\n  # compared: a-b_2 {two}\na:1\n"
+        # An index without a hash, and lines of people: remarks like any other.
+        f"# compared: three \n# compared: four {'2' * 63}\n# compared: five {'3' * 64} too\n"
+        f"# compared: six {'A' * 64}\n# compared: a b {'4' * 64}\n## compared: seven {'5' * 64}\n# {'6' * 64}\n"
+    )
+    read = _read(tmp_path / "exclude.txt", content.encode())
+    assert read.compared == {one, two} and read.pids == {"a:1"}
+    # What a list speaks for leaves nothing out by itself.
+    assert not Exclusions(compared=read.compared) and read == Exclusions(read.pids)
+    assert pickle.loads(pickle.dumps(read)).compared == read.compared
 
 
 @pytest.mark.parametrize(

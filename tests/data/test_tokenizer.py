@@ -42,7 +42,6 @@ def test_word_ids() -> None:
 def test_shares() -> None:
     tokenizer = WordTokenizer(["a", "man"], context_length=4, vocab_size=10)
     assert tokenizer.truncated_share(["a man", "a tall man", "a", "man man man"]) == 0.5
-    assert tokenizer.unknown_share(["a tall man"]) == pytest.approx(1 / 3)
     assert tokenizer.truncated_share([]) == 0
 
 

@@ -104,6 +104,5 @@ def test_refusals(tmp_path: Path) -> None:
         writer.add("b", _sample(1, captions=["x" * 70_000]), _image(1))
     with pytest.raises(UserError, match="20000001 bytes"):
         writer.add("c", _sample(1), bytes(20_000_001))
-    writer.abort()
     with pytest.raises(UserError, match=r"manifest\.json: missing"):
         ShardSet(tmp_path)

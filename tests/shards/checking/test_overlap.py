@@ -21,7 +21,7 @@ from reid_dist.data.sample import Sample
 from reid_dist.data.transforms import Pixels
 from reid_dist.errors import UserError
 from shards.checking.overlap import Overlap, find_overlaps, source_name, unrecognised, write_exclusions
-from shards.index import ShardWriter
+from shards.index import ShardWriter, file_sha256
 from shards.verify import main
 from shards.write import main as write_main
 
@@ -240,14 +240,16 @@ def test_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert head[5:] == ["identities excluded", "both show people of"]
     assert printed[1].split() == [str(one), str(two), "2", "2", "0", "2"]
     assert printed[2:] == ["identities excluded in all: 2", f"{out}: written; name it as data.exclude"]
+    compared = [file_sha256(folder / "index.npy") for folder in (one, two)]
     assert out.read_text().splitlines() == [
         "# Identities that are not to be trained on, by shards.verify --overlap",
         f"# python -m shards.verify --overlap {one} {two} --out '{out}' --json {report}",
         *(f"# {line}" for line in printed[:3]),
+        *(f"# compared: {folder.name} {index}" for folder, index in zip((one, two), compared, strict=True)),
         "one:12",
         "one:7",
     ]
-    assert read_exclusions(out).pids == {"one:7", "one:12"}
+    assert read_exclusions(out).pids == {"one:7", "one:12"} and read_exclusions(out).compared == set(compared)
     assert json.loads(report.read_text())["overlaps"][0]["pids"] == ["one:12", "one:7"]
     before = out.read_bytes()
     assert main(arguments) == 1  # a second time, over its own file
@@ -258,8 +260,10 @@ def test_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "to leave these out of training, write a list: --out exclude.txt" in capsys.readouterr().out
 
 
-def test_secrets_of_urls_stay_out_of_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_of_urls_stay_out_of_the_list(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = ShardSet(make("one", Photo("1", picture(1))))
     monkeypatch.setattr("shards.verify.find_overlaps", lambda *_: [])
+    monkeypatch.setattr("shards.verify.ShardSet", lambda _: opened)
     out = tmp_path / "exclude.txt"
     assert main(["--overlap", "https://me:s3cret@host/a?token=s3cret", "b", "--out", str(out)]) == 0
     assert "--overlap https://host/a b --out" in out.read_text() and "s3cret" not in out.read_text()
@@ -302,14 +306,14 @@ def test_identities_that_a_list_cannot_hold(make: Make, tmp_path: Path, capsys: 
     two = make("two", Photo("1", picture(1), "query", "test"))
     assert main(["--overlap", str(one), str(two), "--out", str(tmp_path / "exclude.txt")]) == 2
     assert "identity 'one:a person' holds white space" in capsys.readouterr().err
-    write_exclusions(tmp_path / "exclude.txt", ["b:2", "a:1", "b:2"], ["a folder\nwith a line break"])
+    write_exclusions(tmp_path / "exclude.txt", ["b:2", "a:1", "b:2"], [], ["a folder\nwith a line break"])
     assert read_exclusions(tmp_path / "exclude.txt").pids == {"a:1", "b:2"}
 
 
 def test_interrupted_write_leaves_the_old_list(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = make("one", Photo("1", picture(1))), make("two", Photo("1", picture(1), "query", "test"))
     out = tmp_path / "exclude.txt"
-    write_exclusions(out, ["a:1"], [])
+    write_exclusions(out, ["a:1"], [], [])
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
