@@ -1,12 +1,12 @@
-"""Measures a part of the system: `python launch/benchmark.py data --shards DIR --json OUT`."""
+"""Measures a part of the system: `python launch/benchmark.py data|kernel|queue --json OUT ...`."""
 
 import argparse
 import sys
 
-from reid_dist.benchmarks import data
+from reid_dist.benchmarks import data, kernel, queue
 from reid_dist.errors import UserError
 
-BENCHMARKS = {"data": data}
+BENCHMARKS = {"data": data, "kernel": kernel, "queue": queue}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@
 # --cpu      do not use GPUs
 # --ranks    processes, a divisor of 64; default: as many GPUs as divide 64 (of CUDA_VISIBLE_DEVICES), or 2 on the CPU
 # --seed     of the world, the weights and the order; default 0
-# --compare  train a second time without the generic stage and add it to the table
+# --compare  also train without the generic stage, and the T2I stage without a queue, and add both to the table
 #
 # Running it again reuses what is there: environment, world, shards, finished stages. The results are always in
 # runs/quickstart; a run of another device, seed or number of ranks is first moved aside, for example to
@@ -142,7 +142,7 @@ run python -m shards.world oracle "$raw/cuhk_pedes" "$raw/market1501" --json "$d
 run python -m reid_dist.data.tokenizer build "$shards/cuhk_pedes" "$shards/generic" --out "$shards/vocabulary.txt"
 data_seconds=$((SECONDS - began))
 
-# The recipe; for the comparison the same without its generic stage (a stage of 0 steps hands its weights on).
+# The recipe; for the comparisons the same with one thing less (a stage of 0 steps hands its weights on).
 phase=training began=$SECONDS
 train() {
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
@@ -150,7 +150,12 @@ train() {
         data.root="$shards" model.vocabulary="$shards/vocabulary.txt" seed="$seed" "$@"
 }
 train output_dir="$result"
-if [ -n "$compare" ]; then train output_dir="$result/without-pretrain" stages.pretrain.steps=0; fi
+if [ -n "$compare" ]; then
+    train output_dir="$result/without-pretrain" stages.pretrain.steps=0
+    train output_dir="$result/without-queue" model.weights="$result/i2i/export" \
+        stages.pretrain.steps=0 stages.i2i.steps=0 \
+        stages.t2i.loss.queue_size=0 stages.t2i.loss.in_batch_negatives=false
+fi
 train_seconds=$((SECONDS - began))
 
 phase=report

@@ -11,7 +11,7 @@ from pathlib import Path
 from reid_dist.config import RunConfig
 from reid_dist.distributed import environment_rank, is_lost_peer, shutdown
 from reid_dist.engine import remove_shared_memory
-from reid_dist.errors import UserError
+from reid_dist.errors import DivergenceError, UserError
 from reid_dist.plan import describe
 from reid_dist.recipe import run
 from reid_dist.recipe_file import dump_config, load_config
@@ -28,7 +28,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one clear line for each thing that is wrong with the input."""
+    """Returns the exit code: 0; 2 after one clear line for each thing that is wrong with the input; 1 for a fault."""
     arguments = parse_arguments(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -37,12 +37,12 @@ def main(argv: list[str] | None = None) -> int:
                 print(dump_config(config) + "\n" + describe(config))
             return 0
         return _train(config)
-    except UserError as error:
+    except (UserError, DivergenceError) as error:
         # Most wrong input is seen by all ranks alike, and the launcher ends all with the first: let rank 0 speak.
         if environment_rank() != 0:
             time.sleep(5)
         print(f"train.py: {error}", file=sys.stderr, flush=True)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
 
 
 def _train(config: RunConfig) -> int:

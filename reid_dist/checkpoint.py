@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +14,7 @@ from torch import Tensor
 from reid_dist.config import ModelConfig, RunConfig, StageConfig
 from reid_dist.data.transforms import decoder_name
 from reid_dist.errors import UserError
+from reid_dist.files import content_sha256, flush, replace_folder
 from reid_dist.models.weights import EXPORT_FILE, MANIFEST_FILE
 
 FORMAT_VERSION = 1
@@ -34,11 +34,14 @@ def fingerprint(config: RunConfig, stage: StageConfig, previous: str, data: Sequ
     """
     # `identities` is only for plans made without the data.
     reading = {"root", "workers", "cache", "identities"}
+    keeping = {"queue_sharded", "queue_check_every"}
     parts = {
         "model": config.model.model_dump(mode="json", exclude={"gradient_checkpointing", "vocabulary"}),
         "seed": config.seed,
         "steps": config.stage_steps(stage),
-        "stage": stage.model_dump(mode="json", exclude={"steps": True, "evaluation": True, "data": reading}),
+        "stage": stage.model_dump(
+            mode="json", exclude={"steps": True, "evaluation": True, "data": reading, "loss": keeping}
+        ),
         "previous": previous,
         "data": list(data),
     }
@@ -75,16 +78,8 @@ def save_export(
     }
     (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
     for file in partial.iterdir():
-        _flush(file)
-    _flush(partial)
-    # Moved aside whole: a removal that is killed half-way would leave a manifest without its weights.
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    _flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        flush(file)
+    replace_folder(partial, folder)
 
 
 def read_export(folder: Path, verify: bool = False) -> dict[str, Any] | None:
@@ -121,35 +116,18 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
-    _flush(partial)
+    flush(partial)
     partial.rename(path)
 
 
 def file_sha256(path: Path) -> str:
     """Hash of a file's content, as hexadecimal digits."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return content_sha256(path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); remove its folder to train the stage again"
         ) from error
-
-
-def _digest(file: Any) -> str:
-    # Python 3.10 has no hashlib.file_digest.
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _version(package: str) -> str | None:

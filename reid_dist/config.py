@@ -121,10 +121,24 @@ class EngineConfig(Section):
         "fp32", description="bf16: autocast over fp32 weights; pure_bf16: bf16 weights, fp32 masters"
     )
     gradient_accumulation_steps: int = Field(1, gt=0)
+    cached_gradients: bool = Field(
+        False, description="accumulation keeps all negatives of the step: each micro-batch is run twice (GradCache)"
+    )
     max_grad_norm: NotNegative = Field(0.0, description="global L2 norm; 0: no clipping")
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="raw DeepSpeed keys, merged over the derived ones"
     )
+
+    @model_validator(mode="after")
+    def _cached_gradients_possible(self) -> "EngineConfig":
+        if self.cached_gradients and self.gradient_accumulation_steps == 1:
+            raise ValueError(
+                "cached_gradients: gradient_accumulation_steps is 1, whose batch has all negatives; raise it or remove"
+                " the key"
+            )
+        if self.cached_gradients and self.zero_stage == 3:
+            raise ValueError("cached_gradients: needs whole weights between forwards; choose zero_stage 0, 1 or 2")
+        return self
 
     @model_validator(mode="after")
     def _no_second_truth(self) -> "EngineConfig":
@@ -175,8 +189,48 @@ class EvaluationConfig(Section):
     batch_size: int = Field(128, gt=0, description="samples per rank")
 
 
-class PretrainLoss(Section):
-    """Image-text contrastive loss of generic pairs: no settings."""
+class ContrastiveLoss(Section):
+    """Image-text contrastive loss within the global batch, or against a queue of momentum keys (CM-MoCo)."""
+
+    temperature: Positive | None = Field(
+        None, description="fixed divisor of the cosine, as published 0.07; none: learned, from the weights' own"
+    )
+    queue_size: int = Field(
+        0, ge=0, lt=2**31, description="latest keys of each modality over all ranks; 0: the global batch, no queue"
+    )
+    queue_init: Literal["empty", "random_as_published"] = Field(
+        "empty", description="empty: no negatives before the first keys; random: parallel vectors that count"
+    )
+    queue_mask: Literal["identity", "batch"] = Field(
+        "identity", description="keys that are no negatives: those of the anchor's identity, or of any in the step"
+    )
+    queue_sharded: bool = Field(False, description="each rank holds a share, for queues beyond a few GB")
+    queue_check_every: int = Field(100, ge=0, description="steps between checks that the ranks' queues agree; 0: none")
+    in_batch_negatives: bool = Field(False, description="the current keys of all ranks are negatives too")
+    momentum: Momentum = Field(0.999, description="of the key encoders: share of their weights that a step keeps")
+    key_head: Literal["momentum", "live"] = Field(
+        "momentum", description="last projection of the key encoders: averaged, or the current one as TextReID ships"
+    )
+
+    @model_validator(mode="after")
+    def _queue_settings_have_a_queue(self) -> "ContrastiveLoss":
+        needing = [name for name in type(self).model_fields if name.startswith(("queue_", "in_batch"))]
+        idle = [
+            name
+            for name in needing
+            if name != "queue_size" and getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if idle and not self.queue_size:
+            raise ValueError(f"{', '.join(idle)}: without a queue (queue_size: 0); set queue_size, or remove them")
+        if self.in_batch_negatives and self.queue_mask == "batch":
+            raise ValueError(
+                "queue_mask: batch leaves out all keys of the step, in_batch_negatives adds them; choose identity"
+            )
+        return self
+
+
+class PretrainLoss(ContrastiveLoss):
+    """Loss of generic pairs: the own pair is the only positive."""
 
 
 class I2ILoss(Section):
@@ -191,8 +245,8 @@ class I2ILoss(Section):
     )
 
 
-class T2ILoss(Section):
-    """Losses of the text-to-image stage."""
+class T2ILoss(ContrastiveLoss):
+    """Loss of the text-to-image stage."""
 
     positives: Literal["identity", "pair"] = Field(
         "identity", description="all pairs of one identity, or the own pair only"
@@ -228,7 +282,21 @@ class StageConfig(Section):
         return self
 
 
-class PretrainStageConfig(StageConfig):
+class ContrastiveStageConfig(StageConfig):
+    """What the stages with a contrastive loss share."""
+
+    loss: ContrastiveLoss = ContrastiveLoss()
+
+    @model_validator(mode="after")
+    def _momentum_possible(self) -> "ContrastiveStageConfig":
+        if self.loss.queue_size and self.engine.zero_stage == 3:
+            raise ValueError(
+                "engine.zero_stage: 3 is not proven with momentum encoders (loss.queue_size > 0); choose 0, 1 or 2"
+            )
+        return self
+
+
+class PretrainStageConfig(ContrastiveStageConfig):
     """Generic image-text pretraining."""
 
     kind: Literal["pretrain"]
@@ -242,7 +310,7 @@ class I2IStageConfig(StageConfig):
     loss: I2ILoss = I2ILoss()
 
 
-class T2IStageConfig(StageConfig):
+class T2IStageConfig(ContrastiveStageConfig):
     """Text-to-image stage."""
 
     kind: Literal["t2i"]

@@ -7,12 +7,15 @@ back to the rank that owns the row, so the averaged parameter gradient is the gr
 
 import os
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from reid_dist.errors import DivergenceError
 
 
 def environment_rank() -> int:
@@ -113,6 +116,99 @@ def all_gather_ragged(x: Tensor) -> list[Tensor]:
     padded[: x.shape[0]] = x
     rows = all_gather(padded).chunk(world_size())
     return [part[:count] for part, count in zip(rows, counts, strict=True)]
+
+
+class PackedGather:
+    """An all-gather of several tensors as ONE collective, on its way; made by `start_all_gather`."""
+
+    # Any dtype can be viewed at an address that is a multiple of this.
+    _ALIGNMENT = 8
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._kinds = [(x.dtype, x.shape) for x in tensors]
+        buffer = torch.cat([piece for x in tensors for piece in self._pieces(x)])
+        self._gathered = buffer
+        self._work: dist.Work | None = None
+        if world_size() > 1:
+            self._gathered = buffer.new_empty(world_size() * buffer.numel())
+            self._work = dist.all_gather_into_tensor(self._gathered, buffer, async_op=True)
+            self._sent = buffer  # must outlive the collective
+
+    def wait(self) -> list[Tensor]:
+        """The gathered tensors, (world_size * B, ...) each, in rank order. On a GPU only its stream waits."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            del self._sent
+        rank_WX = self._gathered.view(world_size(), -1)
+        found, start = [], 0
+        for dtype, shape in self._kinds:
+            length = shape.numel() * dtype.itemsize
+            block = rank_WX[:, start : start + length].view(dtype)
+            found.append(block.reshape(world_size() * shape[0], *shape[1:]))
+            start += length + -length % self._ALIGNMENT
+        return found
+
+    def _pieces(self, x: Tensor) -> list[Tensor]:
+        x_X = x.detach().contiguous().view(-1).view(torch.uint8)
+        return [x_X, x_X.new_zeros(-x_X.numel() % self._ALIGNMENT)]
+
+
+def start_all_gather(tensors: Sequence[Tensor]) -> PackedGather:
+    """Starts to gather tensors of any dtypes in one collective, without gradient.
+
+    Every rank must start its collectives in the same order; they may be waited for in any.
+
+    Args:
+        tensors: on one device; each of the same shape (B, ...) on every rank. They are copied at once.
+    """
+    return PackedGather(tensors)
+
+
+def all_to_all(x: Tensor) -> Tensor:
+    """Sends block w of dim 0 to rank w; without gradient.
+
+    Args:
+        x: equal blocks, one for each rank, in rank order. Shape: (world_size * B, ...).
+
+    Returns:
+        The blocks that the ranks sent here, in rank order. Shape: (world_size * B, ...).
+    """
+    if world_size() == 1:
+        return x.detach()
+    received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, x.detach().contiguous())
+    return received
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of a tensor of equal shape over ranks, without gradient; integers wrap."""
+    total = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def check_equal_on_ranks(value: Tensor, what: str) -> None:
+    """Compares a number over ranks and names those that differ from the majority. Collective; waits for the device.
+
+    Args:
+        value: int64, as a digest. Shape: ().
+        what: what the number stands for, the sentence's subject.
+
+    Raises:
+        DivergenceError: on every rank alike.
+    """
+    values = all_gather(value.view(1)).tolist()
+    if len(set(values)) == 1:
+        return
+    common = max(values, key=values.count)
+    if 2 * values.count(common) > len(values):
+        others = [str(owner) for owner, found in enumerate(values) if found != common]
+        who = f"rank{'s' if len(others) > 1 else ''} {', '.join(others)} of {len(values)} diverged from the others"
+    else:
+        who = "two ranks differ" if len(values) == 2 else f"no majority of the {len(values)} ranks agrees"
+    raise DivergenceError(f"{what} is not the same on all ranks: {who}; continue from the last checkpoint")
 
 
 class _AllGather(torch.autograd.Function):

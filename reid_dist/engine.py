@@ -3,20 +3,23 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from reid_dist.config import EngineConfig, OptimizerConfig
-from reid_dist.distributed import local_device
+from reid_dist.distributed import local_device, rank, world_size
 from reid_dist.errors import UserError
 from reid_dist.models.dual_encoder import MAX_LOGIT_SCALE
 from reid_dist.optim import build_optimizer, parameter_groups, set_learning_rate
 from reid_dist.recipe_file import merge
 from reid_dist.stages import Batch, Stage, StageOutput
+
+_LOGIT_SCALE = "encoder.logit_scale"
+T = TypeVar("T")
 
 
 def prepare_environment() -> torch.device:
@@ -84,8 +87,9 @@ class Engine:
         self.stage = stage
         self.config = config
         self._gradient_norm: Tensor | None = None
-        # What the cast to bf16 would round: masters start from it, and frozen weights are exported as they came.
-        self._exact = _fp32_copies(stage) if config.precision == "pure_bf16" else {}
+        self._stored = set(stage.state_dict())
+        # Masters start from it, and frozen weights are exported as they came.
+        self._exact = _copies_of_what_bf16_rounds(stage, config)
         groups = parameter_groups(stage.trainable(), optimizer)
         if not groups:
             raise UserError("freeze: nothing in this stage trains; unfreeze a tower")
@@ -103,6 +107,11 @@ class Engine:
         """Forward of a micro-batch."""
         output: StageOutput = self._engine(batch)
         return output
+
+    def run(self, part: Callable[[Batch], T], batch: Batch) -> T:
+        """`part(batch)` as a forward: under the engine's autocast and hooks."""
+        result: T = self._engine(batch, part)
+        return result
 
     def backward(self, loss: Tensor) -> None:
         """Backward of a micro-batch; gradients are averaged over ranks and accumulation steps."""
@@ -138,11 +147,9 @@ class Engine:
     @torch.no_grad()
     def _restore_masters(self) -> None:
         """Puts the unrounded weights into DeepSpeed's fp32 masters, which it had made from bf16 copies. Collective."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for name, parameter in self.stage.named_parameters():
             if name in self._exact and parameter.requires_grad:
-                safe_set_full_fp32_param(parameter, self._exact.pop(name).to(parameter.device))
+                _set_master(parameter, self._exact.pop(name).to(parameter.device))
 
     @torch.no_grad()
     def _hold_logit_scale(self) -> None:
@@ -153,25 +160,36 @@ class Engine:
         for tensor in (parameter.data, *_masters(parameter)):
             tensor.clamp_(max=MAX_LOGIT_SCALE)
         if self.config.precision == "pure_bf16":
-            self.stage.encoder.exact_logit_scale = self._full_parameter(parameter)
+            self.stage.encoder.exact_logit_scale = self._exact_parameter(_LOGIT_SCALE, parameter)
 
-    def full_parameters(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """fp32 copies of parameters and buffers on the CPU, whole on every rank whatever the ZeRO stage.
+    @torch.no_grad()
+    def exact_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """fp32 parameters, then buffers, one by one on this process's device, whole whatever the ZeRO stage.
 
-        Collective: all ranks enter.
+        What is whole here already comes without a copy: read it before the next, change nothing. Collective under
+        ZeRO 3 and pure_bf16: all ranks ask for the same names and take all of them.
 
         Args:
-            names: those wanted; all when None.
+            names: those wanted, in any order; all when None.
+
+        Raises:
+            ValueError: names that the stage does not have.
         """
-        full: dict[str, Tensor] = {}
-        for name, parameter in self.stage.named_parameters():
-            if names is None or name in names:
-                exact = self._exact[name] if name in self._exact else self._full_parameter(parameter)
-                full[name] = exact.detach().float().cpu().clone()
-        for name, buffer in self.stage.named_buffers():
-            if name in self.stage.state_dict() and (names is None or name in names):
-                full[name] = buffer.detach().cpu().clone()
-        return full
+        buffers = {name: buffer for name, buffer in self.stage.named_buffers() if name in self._stored}
+        parameters = dict(self.stage.named_parameters())
+        wanted = {*parameters, *buffers} if names is None else set(names)
+        if foreign := wanted - parameters.keys() - buffers.keys():
+            raise ValueError(f"the stage has no {', '.join(sorted(foreign))}")
+        for name, parameter in parameters.items():
+            if name in wanted:
+                yield name, self._exact_parameter(name, parameter)
+        for name, buffer in buffers.items():
+            if name in wanted:
+                yield name, buffer.detach()
+
+    def full_parameters(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """As `exact_parameters`, which see, all at once in copies on the CPU. Collective."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.exact_parameters(names)}
 
     def full_gradients(self) -> dict[str, Tensor]:
         """fp32 averaged gradients on the CPU, whole on every rank; between the last backward and `step`. Collective."""
@@ -184,26 +202,52 @@ class Engine:
                 gradients[name] = torch.zeros_like(parameter) if gradient is None else gradient.float().cpu().clone()
         return gradients
 
-    def _full_parameter(self, parameter: nn.Parameter) -> Tensor:
+    def _exact_parameter(self, name: str, parameter: nn.Parameter) -> Tensor:
         from deepspeed import zero
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if self.config.precision == "pure_bf16" and parameter.requires_grad:
-            master: Tensor | None = safe_get_full_fp32_param(parameter)
-            if master is not None:
-                return master
-        if self.config.zero_stage == 3:
+        if name in self._exact:
+            return self._exact[name].to(parameter.device)
+        zero_3 = self.config.zero_stage == 3
+        if parameter.requires_grad and (zero_3 or self.config.precision == "pure_bf16"):
+            # Under ZeRO 3 too: what autocast gathered for a forward, in bf16, may still be there, and would be taken.
+            master: Tensor = safe_get_full_fp32_param(parameter)
+            return master
+        if zero_3:
             with zero.GatheredParameters([parameter]):
                 return parameter.detach().clone()
-        return parameter
+        return parameter.detach()
 
     def close(self) -> None:
         """Lets go of the engine's hooks and buffers, so that the next stage can build its own."""
         self._engine.destroy()
 
 
-def _fp32_copies(stage: Stage) -> dict[str, Tensor]:
-    return {name: parameter.detach().float().cpu().clone() for name, parameter in stage.named_parameters()}
+def _copies_of_what_bf16_rounds(stage: Stage, config: EngineConfig) -> dict[str, Tensor]:
+    """fp32 copies, on the CPU, of weights that could only be read rounded.
+
+    pure_bf16 casts all. ZeRO 3 gathers weights for an autocast forward in bf16 and may leave them there, where a later
+    gather finds them; frozen weights have no master to read instead.
+    """
+    cast, gathered = config.precision == "pure_bf16", config.precision == "bf16" and config.zero_stage == 3
+    return {
+        name: parameter.detach().float().cpu().clone()
+        for name, parameter in stage.named_parameters()
+        if cast or (gathered and not parameter.requires_grad)
+    }
+
+
+def _set_master(parameter: nn.Parameter, value: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if not hasattr(parameter, "ds_tensor"):
+        safe_set_full_fp32_param(parameter, value)
+        return
+    # Under ZeRO 3 that would cut past the end of a parameter that the ranks do not divide evenly.
+    shard = parameter.ds_tensor.numel()
+    padded = torch.zeros(shard * world_size(), device=value.device)
+    padded[: value.numel()] = value.flatten()
+    safe_set_local_fp32_param(parameter, padded[shard * rank() :][:shard])
 
 
 def _masters(parameter: nn.Parameter) -> list[Tensor]:

@@ -22,8 +22,8 @@ UNKNOWN_IDENTITIES = 1000
 class StagePlan:
     """One stage in numbers.
 
-    `state_bytes` are weights, gradients, masters and optimizer state of one GPU; `activation_bytes` what a forward of
-    its micro-batch keeps for the backward.
+    `state_bytes` are weights, gradients, masters and optimizer state of one GPU; `key_bytes` its queue and momentum
+    encoders; `activation_bytes` what a forward of its micro-batch keeps for the backward.
     """
 
     name: str
@@ -33,6 +33,7 @@ class StagePlan:
     trainable: int
     frozen: int
     state_bytes: float
+    key_bytes: float
     activation_bytes: float
 
 
@@ -48,14 +49,14 @@ def describe(config: RunConfig) -> str:
         f"plan for {world_size} rank{'s' if world_size > 1 else ''}"
         " (started under a launcher, or with WORLD_SIZE=N set, it is made for N)",
         f"{'stage':<12} {'steps':>9} {'samples':>13} {'batch':>7} {'per rank':>9} {'trainable':>12} {'frozen':>12}"
-        f" {'state GiB':>10} {'activations GiB':>16} {'per GPU GiB':>12}",
+        f" {'state GiB':>10} {'queue, momentum GiB':>20} {'activations GiB':>16} {'per GPU GiB':>12}",
     ]
     for row in rows:
-        total = row.state_bytes + row.activation_bytes
+        total = row.state_bytes + row.key_bytes + row.activation_bytes
         lines.append(
             f"{row.name:<12} {row.steps:>9,} {row.steps * row.global_batch_size:>13,} {row.global_batch_size:>7}"
             f" {row.micro_batch_size:>9} {row.trainable:>12,} {row.frozen:>12,} {row.state_bytes / GIB:>10.2f}"
-            f" {row.activation_bytes / GIB:>16.2f} {total / GIB:>12.2f}"
+            f" {row.key_bytes / GIB:>20.2f} {row.activation_bytes / GIB:>16.2f} {total / GIB:>12.2f}"
         )
     lines.append("not counted: CUDA's own memory (about 0.5-1 GiB), workspaces, fragmentation and evaluation")
     return "\n".join(lines)
@@ -70,7 +71,8 @@ def plan_stage(config: RunConfig, stage: StageConfig, world_size: int) -> StageP
     with FakeTensorMode(allow_non_fake_inputs=True):
         encoder.to_empty(device="cpu")
         encoder.set_grad_checkpointing(model.gradient_checkpointing)
-        module = build_stage(stage, encoder, stage.data.identities or _count_identities(stage)).train()
+        module = build_stage(stage, encoder, stage.data.identities or _count_identities(stage), rows).train()
+        key_bytes = module.bytes_beside(world_size)
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in module.parameters()) - trainable
         activations = _activation_bytes(module, rows, model.image_size, stage.engine.precision != "fp32")
@@ -82,6 +84,7 @@ def plan_stage(config: RunConfig, stage: StageConfig, world_size: int) -> StageP
         trainable,
         frozen,
         state_bytes(trainable, frozen, stage.engine, world_size, stage.optimizer.name == "adamw"),
+        key_bytes,
         activations,
     )
 
@@ -121,6 +124,7 @@ def _activation_bytes(stage: Stage, rows: int, image_size: tuple[int, int], bf16
         "image_BCHW": torch.zeros(rows, 3, *image_size, dtype=torch.uint8),
         "token_BL": torch.zeros(rows, length, dtype=torch.int64),
         "pid_B": torch.zeros(rows, dtype=torch.int64),
+        "sample_id_B": torch.zeros(rows, dtype=torch.int64),
     }
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),

@@ -115,8 +115,9 @@ def _train(
     if config.model.sync_batch_norm:
         encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)  # type: ignore[no-untyped-call]
     # Heads are drawn from a seed of their own stage, whatever was drawn before.
-    torch.manual_seed(stage_seed(config, index))
-    stage = build_stage(stage_config, encoder, loader.num_identities)
+    seed = stage_seed(config, index)
+    torch.manual_seed(seed)
+    stage = build_stage(stage_config, encoder, loader.num_identities, loader.local_batch_size, device, seed)
     engine = Engine(stage, stage_config.engine, stage_config.optimizer, loader.local_batch_size)
     say(
         f"{stage_config.name}: {steps} steps of {stage_config.data.global_batch_size} samples {_source_of(loader)}"

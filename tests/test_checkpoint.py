@@ -96,7 +96,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     elif where == "manifest":
         monkeypatch.setattr(Path, "write_text", fail)
     elif where == "flush":
-        monkeypatch.setattr(checkpoint, "_flush", fail)
+        monkeypatch.setattr(checkpoint, "flush", fail)
     elif where == "rename":
         monkeypatch.setattr(Path, "rename", fail)
 
@@ -162,16 +162,6 @@ def test_a_damaged_manifest_is_told(content: str, architecture: str, tmp_path: P
         read_export(tmp_path / "export", verify=True)
 
 
-def test_the_old_hash_function_agrees_with_the_new(tmp_path: Path) -> None:
-    """Python 3.10 has no hashlib.file_digest; a file of more than one block."""
-    import hashlib
-
-    path = tmp_path / "file"
-    path.write_bytes(b"abc" * 700_000)
-    with path.open("rb") as file:
-        assert checkpoint._digest(file) == hashlib.sha256(path.read_bytes()).hexdigest() == checkpoint.file_sha256(path)
-
-
 # JSON files
 
 
@@ -228,6 +218,8 @@ RELEVANT = {
     "stage.steps": 99,
     "stage.freeze": ["visual"],
     "stage.loss.positives": "pair",
+    "stage.loss.queue_size": 64,
+    "stage.loss.momentum": 0.9,
     "stage.data.train": ["icfg_pedes"],
     "stage.data.global_batch_size": 128,
     "stage.data.sampler": "identity",
@@ -269,6 +261,12 @@ def test_the_fingerprint_changes_with_what_decides_the_weights(key: str) -> None
 @pytest.mark.parametrize("key", IRRELEVANT)
 def test_the_fingerprint_stays_where_the_weights_do(key: str) -> None:
     assert make_fingerprint({key: IRRELEVANT[key]}) == make_fingerprint({})
+
+
+def test_the_fingerprint_stays_however_a_queue_is_kept_and_checked() -> None:
+    queue = {"stage.loss.queue_size": 64}
+    kept = {"stage.loss.queue_sharded": True, "stage.loss.queue_check_every": 7}
+    assert make_fingerprint(queue | kept) == make_fingerprint(queue)
 
 
 def test_a_stage_s_fingerprint_depends_on_the_stage_before_it() -> None:

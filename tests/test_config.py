@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reid_dist.config import DataConfig, I2ILoss, RunConfig, T2IStageConfig
+from reid_dist.config import DataConfig, I2ILoss, PretrainLoss, RunConfig, T2ILoss, T2IStageConfig
 from reid_dist.errors import UserError
 from reid_dist.recipe_file import dump_config, load_config
 
@@ -171,7 +171,9 @@ def test_an_unknown_key_is_named_with_the_nearest_that_exists(
 
 def test_a_key_unlike_any_lists_those_that_exist(recipe: Path) -> None:
     (line,) = problems(recipe, "engine.qqqq=1")
-    assert line.endswith("known: backend, zero_stage, precision, gradient_accumulation_steps, max_grad_norm, deepspeed")
+    assert line.endswith(
+        "known: backend, zero_stage, precision, gradient_accumulation_steps, cached_gradients, max_grad_norm, deepspeed"
+    )
 
 
 def test_an_unknown_stage_offers_the_nearest(recipe: Path) -> None:
@@ -303,6 +305,86 @@ def test_pure_bf16_needs_a_zero_stage_with_fp32_masters(recipe: Path) -> None:
     for zero_stage in (1, 2, 3):
         load_config(recipe, ["engine.precision=pure_bf16", f"engine.zero_stage={zero_stage}"])
     load_config(recipe, ["engine.precision=bf16", "engine.zero_stage=0"])
+
+
+QUEUE = "stages.second.loss.queue_size=4096"
+
+
+def test_a_queue_needs_only_its_size(recipe: Path) -> None:
+    loss = load_config(recipe, [QUEUE]).stages[2].loss  # type: ignore[union-attr]
+    assert isinstance(loss, T2ILoss)
+    assert (loss.queue_size, loss.momentum, loss.queue_init, loss.in_batch_negatives) == (4096, 0.999, "empty", False)
+    assert (loss.queue_mask, loss.key_head, loss.queue_sharded, loss.temperature) == (
+        "identity",
+        "momentum",
+        False,
+        None,
+    )
+    pretrain = load_config(recipe, ["stages.pretrain.loss.queue_size=8"]).stages[0].loss  # type: ignore[union-attr]
+    assert isinstance(pretrain, PretrainLoss) and pretrain.queue_size == 8
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "in_batch_negatives=true",
+        "queue_mask=batch",
+        "queue_init=random_as_published",
+        "queue_sharded=true",
+        "queue_check_every=5",
+    ],
+)
+@pytest.mark.parametrize("stage", ["second", "pretrain"])
+def test_settings_of_a_queue_without_one_are_refused_in_one_line(override: str, stage: str, recipe: Path) -> None:
+    (line,) = problems(recipe, f"stages.{stage}.loss.{override}")
+    assert line.startswith(f"{recipe}: stages.{stage}.loss: {override.split('=')[0]}: without a queue")
+    load_config(recipe, [f"stages.{stage}.loss.{override}", f"stages.{stage}.loss.queue_size=64"])
+
+
+def test_all_idle_settings_stand_in_the_line(recipe: Path) -> None:
+    overrides = [f"stages.second.loss.{text}" for text in ("in_batch_negatives=true", "queue_sharded=true")]
+    (line,) = problems(recipe, *overrides)
+    assert "queue_sharded, in_batch_negatives: without a queue (queue_size: 0)" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("queue_size=-1", "queue_size"),
+        ("queue_size=3000000000", "queue_size"),
+        ("momentum=1", "momentum"),
+        ("momentum=-0.1", "momentum"),
+        ("temperature=0", "temperature"),
+        ("queue_init=random", "queue_init"),
+        ("queue_mask=union", "queue_mask"),
+        ("key_head=shared", "key_head"),
+        ("queue_check_every=-1", "queue_check_every"),
+    ],
+)
+def test_a_wrong_value_of_the_queue_is_told(override: str, key: str, recipe: Path) -> None:
+    (line,) = problems(recipe, QUEUE, f"stages.second.loss.{override}")
+    assert line.startswith(f"{recipe}: stages.second.loss.{key}: ")
+
+
+def test_a_mask_of_the_whole_step_and_negatives_of_the_step_exclude_each_other(recipe: Path) -> None:
+    extra = [f"stages.second.loss.{text}" for text in ("queue_mask=batch", "in_batch_negatives=true")]
+    (line,) = problems(recipe, QUEUE, *extra)
+    assert "queue_mask: batch leaves out all keys of the step" in line
+
+
+def test_momentum_encoders_under_zero_3_are_refused(recipe: Path) -> None:
+    (line,) = problems(recipe, QUEUE, "stages.second.engine.zero_stage=3")
+    assert line.startswith(f"{recipe}: stages.second: engine.zero_stage: 3 is not proven") and "0, 1 or 2" in line
+    load_config(recipe, [QUEUE, "stages.second.engine.zero_stage=2", "stages.pretrain.engine.zero_stage=3"])
+
+
+def test_cached_gradients_need_accumulation_and_whole_weights(recipe: Path) -> None:
+    alone = problems(recipe, "stages.i2i.engine.cached_gradients=true")
+    assert len(alone) == 1 and "gradient_accumulation_steps is 1" in alone[0]
+    both = ["stages.i2i.engine.cached_gradients=true", "stages.i2i.engine.gradient_accumulation_steps=4"]
+    (line,) = problems(recipe, *both, "stages.i2i.engine.zero_stage=3")
+    assert "cached_gradients: needs whole weights" in line
+    assert load_config(recipe, both).stages[1].engine.cached_gradients
 
 
 # The file

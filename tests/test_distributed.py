@@ -4,7 +4,19 @@ import pytest
 import torch
 
 from reid_dist import distributed
-from reid_dist.distributed import all_gather, all_gather_ragged, all_gather_with_grad, mean_over_ranks, rank, world_size
+from reid_dist.distributed import (
+    all_gather,
+    all_gather_ragged,
+    all_gather_with_grad,
+    all_to_all,
+    check_equal_on_ranks,
+    mean_over_ranks,
+    rank,
+    start_all_gather,
+    sum_over_ranks,
+    world_size,
+)
+from reid_dist.errors import DivergenceError
 
 
 def _gather() -> torch.Tensor:
@@ -65,6 +77,90 @@ def test_backward_leaves_the_gradient_that_it_got_alone(run_ranks: Callable) -> 
     """Autograd may hand the same tensor to others; an all-reduce in place would corrupt theirs."""
     for owner, found in enumerate(run_ranks(2, _gradient_kept)):
         assert found.equal(torch.full((4, 3), float(owner + 1)))
+
+
+def _mixed(rows: int) -> list[torch.Tensor]:
+    return [
+        torch.full((rows, 3), 1 + rank(), dtype=torch.bfloat16).T.contiguous().T,  # columns first in memory
+        torch.arange(rows, dtype=torch.int32) + 10 * rank(),
+        torch.full((rows, 1, 2), 0.1 + rank(), dtype=torch.float64),
+        torch.full((1,), rank(), dtype=torch.uint8),
+        torch.zeros(rows, 0),
+    ]
+
+
+def _packed(rows: int) -> tuple[list[torch.Tensor], bool]:
+    mine = _mixed(rows)
+    mine[0].requires_grad_()
+    gather = start_all_gather(mine)
+    mine[1].zero_()  # already copied
+    all_gather(torch.zeros(1))  # another collective overtakes
+    found = gather.wait()
+    # Copies: torch.save refuses one memory seen as several dtypes.
+    return [x.clone() for x in found], all(x.equal(y) for x, y in zip(found, gather.wait(), strict=True))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_packed_gather_brings_every_dtype_in_rank_order(ranks: int, rows: int, run_ranks: Callable) -> None:
+    for found, again in run_ranks(ranks, _packed, rows):
+        assert again and not found[0].requires_grad
+        bf16, int32, float64, uint8, empty = found
+        owner = torch.arange(ranks).repeat_interleave(rows)
+        assert bf16.equal((1 + owner)[:, None].expand(-1, 3).bfloat16())
+        assert int32.equal((10 * owner + torch.arange(rows).repeat(ranks)).int())
+        assert float64.equal((0.1 + owner.double())[:, None, None].expand(-1, 1, 2))
+        assert uint8.tolist() == list(range(ranks)) and empty.shape == (ranks * rows, 0)
+
+
+def _exchanged(rows: int) -> torch.Tensor:
+    sent = [[100.0 * rank() + 10 * to + row for row in range(rows)] for to in range(world_size())]
+    return all_to_all(torch.tensor(sent).view(world_size() * rows, 1).expand(-1, 2))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_all_to_all_sends_block_w_to_rank_w(rows: int, run_ranks: Callable) -> None:
+    for ranks in (1, 2, 3):
+        for to, found in enumerate(run_ranks(ranks, _exchanged, rows)):
+            expected = [100.0 * sender + 10 * to + row for sender in range(ranks) for row in range(rows)]
+            assert found.tolist() == [[x, x] for x in expected]
+
+
+def _sum() -> list[int]:
+    x = torch.tensor([2**62 + rank(), 1])
+    total = sum_over_ranks(x)
+    assert x.tolist() == [2**62 + rank(), 1]
+    return total.tolist()
+
+
+def test_a_sum_of_integers_over_ranks_wraps(run_ranks: Callable) -> None:
+    assert run_ranks(2, _sum) == [[2**63 + 1 - 2**64, 2]] * 2
+
+
+def _compare(values: list[int]) -> str:
+    try:
+        check_equal_on_ranks(torch.tensor(values[rank()]), "the thing")
+    except DivergenceError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([7, 7, 7], ""),
+        ([-(2**63)], ""),
+        ([2**62, 2**62, 2**62 + 1], "rank 2 of 3 diverged from the others"),
+        ([5, 1, 1, 2, 1], "ranks 0, 3 of 5 diverged from the others"),
+        ([1, 2], "on all ranks: two ranks differ; continue"),
+        ([1, 1, 2, 2], "no majority of the 4 ranks agrees"),
+        ([1, 2, 3], "no majority"),
+    ],
+)
+def test_the_ranks_that_differ_are_named_on_all(values: list[int], expected: str, run_ranks: Callable) -> None:
+    for found in run_ranks(len(values), _compare, values):
+        assert expected in found and bool(found) == bool(expected)
+        assert not found or found.startswith("the thing is not the same on all ranks: ")
 
 
 def _mean() -> torch.Tensor:

@@ -107,19 +107,81 @@ def test_the_temperature_is_clamped_in_fp32_in_every_mode(run_ranks) -> None:
         assert used == pytest.approx(100.0, abs=1e-3), mode
 
 
-def unchanged_weights(zero_stage: int) -> list[str]:
-    """Names that pure_bf16 changed although nothing was learned."""
+ROUNDING_MODES = [(1, "pure_bf16"), (2, "pure_bf16"), (3, "pure_bf16"), (3, "bf16")]
+
+
+def changed_weights(mode: tuple[int, str]) -> list[str]:
+    """Names of weights that come out rounded although nothing was learned."""
     stage = make_stage(freeze=("visual",)).train()
     before = {name: p.detach().clone() for name, p in stage.named_parameters()}
-    engine = Engine(stage, EngineConfig(zero_stage=zero_stage, precision="pure_bf16"), ADAMW, 8)
+    raw = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if mode[0] == 3 else {}
+    engine = Engine(stage, EngineConfig(zero_stage=mode[0], precision=mode[1], deepspeed=raw), ADAMW, 8)
+    # Under ZeRO 3 a forward gathers weights in bf16.
+    engine(make_batch())
     after = engine.full_parameters()
     engine.close()
     return [name for name, value in before.items() if not torch.equal(after[name], value)]
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_pure_bf16_rounds_neither_frozen_weights_nor_masters(zero_stage: int, run_ranks) -> None:
-    assert run_ranks(1, unchanged_weights, zero_stage)[0] == []
+def changed_weights_in_rounding_modes() -> dict[tuple[int, str], list[str]]:
+    return {mode: changed_weights(mode) for mode in ROUNDING_MODES}
+
+
+def test_bf16_rounds_neither_frozen_weights_nor_masters(run_ranks) -> None:
+    """2 ranks do not divide a parameter of one element."""
+    for found in run_ranks(2, changed_weights_in_rounding_modes):
+        assert found == {mode: [] for mode in ROUNDING_MODES}
+
+
+def weights_that_a_forward_changes(threshold: int) -> list[str]:
+    """Names, once a step has taught ZeRO 3 which gathered weights to keep for the backward."""
+    stage = make_stage(freeze=("visual",)).train()
+    start = {name: p.detach().clone() for name, p in stage.named_parameters()}
+    raw = {"zero_optimization": {"stage3_param_persistence_threshold": threshold}}
+    engine = Engine(stage, EngineConfig(zero_stage=3, precision="bf16", deepspeed=raw), ADAMW, 8)
+    engine.backward(engine(make_batch())["loss"])
+    assert engine.step()
+    before = engine.full_parameters()
+    engine(make_batch())
+    after = engine.full_parameters()
+    frozen = [name for name, value in start.items() if "visual" in name and not value.equal(after[name])]
+    engine.close()
+    return frozen + [name for name, value in before.items() if not value.equal(after[name])]
+
+
+def weights_that_a_forward_changes_under_any_threshold() -> list[str]:
+    return weights_that_a_forward_changes(0) + weights_that_a_forward_changes(100_000)
+
+
+def test_weights_are_exact_between_a_forward_and_its_step(run_ranks) -> None:
+    """DeepSpeed's own gather takes what autocast rounded for the forward."""
+    assert run_ranks(2, weights_that_a_forward_changes_under_any_threshold) == [[], []]
+
+
+def exact_parameters() -> None:
+    stage = make_stage().train()
+    stage.register_buffer("counter", torch.arange(3))
+    stage.register_buffer("scratch", torch.zeros(1), persistent=False)
+    engine = Engine(stage, EngineConfig(zero_stage=2, precision="bf16"), ADAMW, 8)
+    named = {**dict(stage.named_parameters()), "counter": stage.counter}
+    pairs = list(engine.exact_parameters())
+    assert [name for name, _ in pairs] == list(named)
+    for name, tensor in pairs:
+        assert tensor.data_ptr() == named[name].data_ptr() and not tensor.requires_grad, "whole already: no copy"
+        assert tensor.dtype == (torch.int64 if name == "counter" else torch.float32)
+    wanted = ["counter", "encoder.logit_scale", "encoder.visual.stem.weight"]
+    assert {name for name, _ in engine.exact_parameters(iter(wanted))} == set(wanted)
+    with pytest.raises(ValueError, match=r"has no encoder\.visual\.sten, scratch"):
+        next(engine.exact_parameters([*wanted, "scratch", "encoder.visual.sten"]))
+    copies = engine.full_parameters(wanted)
+    assert set(copies) == set(wanted)
+    copies["counter"] += 1
+    assert stage.counter.equal(torch.arange(3))
+    engine.close()
+
+
+def test_exact_parameters_are_the_weights_themselves_where_they_are_whole(run_ranks) -> None:
+    run_ranks(1, exact_parameters)
 
 
 def norm_and_step(limit: float) -> tuple[float, float]:

@@ -56,6 +56,34 @@ def test_activations_are_what_a_real_forward_saves() -> None:
     assert plan_stage(config, stage, 1).activation_bytes == pytest.approx(real, rel=0.05)
 
 
+KEY = 128 * 4  # features of the quickstart's encoder, fp32
+
+
+def queue_plan(world_size: int, *overrides: str):
+    config = quickstart("stages.t2i.loss.queue_size=1000000", *overrides)
+    return plan_stage(config, config.stages[2], world_size)
+
+
+def test_the_plan_counts_queue_and_key_encoders_and_no_memory_is_taken_for_them() -> None:
+    plan = queue_plan(1)
+    trained = 4 * plan.trainable  # the towers, and a few buffers; the temperature has no copy
+    queue = 1_000_000 * (2 * KEY + 4 + 8)
+    assert plan.key_bytes == pytest.approx(queue + trained, rel=1e-3)
+    assert plan_stage(quickstart("stages.t2i.loss={}"), quickstart().stages[0], 1).key_bytes == 0
+
+
+def test_a_sharded_queue_is_shared_by_the_ranks_and_low_precision_halves_it() -> None:
+    whole, sharded = queue_plan(4), queue_plan(4, "stages.t2i.loss.queue_sharded=true")
+    assert sharded.key_bytes == pytest.approx(whole.key_bytes / 4, rel=0.02)
+    assert queue_plan(1, "engine.precision=bf16").key_bytes == pytest.approx(1e6 * (KEY + 12), rel=0.02)
+
+
+def test_key_encoders_keep_no_activations() -> None:
+    config = quickstart("stages.t2i.loss={}", "data.global_batch_size=16")
+    without = plan_stage(config, config.stages[2], 1).activation_bytes
+    assert queue_plan(1, "data.global_batch_size=16").activation_bytes == pytest.approx(without, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("zero_stage", "precision", "expected"),
     [

@@ -148,6 +148,16 @@ def test_rank_count_changes_no_loss(finished, recipe, run_ranks, tmp_path, ranks
             assert all(loss == pytest.approx(other, rel=0.6) for loss, other in zip(ours, theirs, strict=True))
 
 
+def test_accumulation_with_cached_gradients_changes_no_loss(finished, recipe, run_ranks, tmp_path: Path) -> None:
+    """All negatives of the step: every stage has the losses of a run that needs no accumulation."""
+    cached = ("engine.gradient_accumulation_steps=2", "engine.cached_gradients=true")
+    run_ranks(1, run, recipe(tmp_path / "run", *cached))
+    for stage in ("pretrain", "i2i", "t2i"):
+        ours = [point["loss"] for point in json.loads((tmp_path / "run" / stage / "training.json").read_text())]
+        theirs = [point["loss"] for point in json.loads((finished / stage / "training.json").read_text())]
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), stage
+
+
 def test_a_stage_of_no_steps_hands_the_weights_on(recipe, run_ranks, tmp_path: Path) -> None:
     config = recipe(tmp_path / "run", "stages.pretrain.steps=0", "stages.i2i.steps=0", "stages.t2i.steps=0")
     run_ranks(1, run, config)

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "numpy", "pillow", "simplejpeg", "webdataset", "deepspeed")
+PACKAGES = (
+    *("torch", "triton", "numpy", "pillow", "simplejpeg", "webdataset", "deepspeed"),
+    *("open_clip_torch", "cut-cross-entropy", "liger-kernel", "inf-cl", "quack-kernels"),
+)
 
 
 def describe_machine() -> dict[str, Any]:

@@ -26,7 +26,11 @@ from reid_dist.scoring import START, read_scores
 
 RESULTS_FILE = "results.json"
 SHEET_FILE = "contact_sheet.png"
-WITHOUT_PRETRAIN = "without-pretrain"
+# Trainings that `--compare` adds, as folders of the run: which stages differ, and how the table calls them.
+COMPARATORS = {
+    "without-pretrain": (slice(1, None), "without the generic stage"),
+    "without-queue": (slice(-1, None), "without a queue"),
+}
 BASELINES = ("chance", "untrained", "histogram", "ridge", "oracle")
 LABELS = {
     "chance": "chance (exact)",
@@ -65,12 +69,12 @@ def report(run: Path, oracle: Path, seconds: dict[str, int]) -> str:
     rows = [(LABELS.get(name, name), baselines[name]) for name in baselines]
     rows += [(f"after {stage['name']}", stage) for stage in stages]
     results: dict[str, Any] = {"commit": _commit(), "baselines": baselines, "stages": stages}
-    comparator = run / WITHOUT_PRETRAIN
-    if (comparator / config.stages[-1].name / "metrics.json").is_file():
-        results["without_pretrain"] = [
-            {"name": stage.name, **_pair(read_scores(comparator, stage.name))} for stage in config.stages[1:]
-        ]
-        rows += [(f"after {stage['name']}, no pretrain", stage) for stage in results["without_pretrain"]]
+    for name, (differing, label) in COMPARATORS.items():
+        names = [stage.name for stage in config.stages[differing]]
+        if all((run / name / each / "metrics.json").is_file() for each in names):
+            compared = [{"name": each, **_pair(read_scores(run / name, each))} for each in names]
+            results[name.replace("-", "_")] = compared
+            rows += [(f"after {stage['name']}, {label}", stage) for stage in compared]
     _contact_sheet(config, run)
     # A run that was interrupted and continued took what its stages took, not what was left of them.
     staged = sum(read_scores(run, name)["seconds"] for name in (START, *(stage.name for stage in config.stages)))

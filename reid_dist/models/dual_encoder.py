@@ -29,11 +29,11 @@ _RESNET_STRIDE = 32
 
 
 class EncoderOutput(NamedTuple):
-    """Features of a batch of pairs, not normalised, and the inverse temperature (exponentiated)."""
+    """Features of a batch of pairs, not normalised, and the natural log of the inverse temperature."""
 
     image_features: Tensor  # (B, D)
     text_features: Tensor  # (B, D)
-    logit_scale: Tensor  # (1,), fp32
+    log_scale: Tensor  # (1,), fp32
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,28 @@ class DualEncoder(nn.Module):
         features: Tensor = self.text(token_BL)
         return features
 
-    def forward(self, image_BCHW: Tensor, token_BL: Tensor) -> EncoderOutput:
-        """Both towers and the inverse temperature, so that an engine that gathers weights module by module sees all."""
+    def forward(
+        self,
+        image_BCHW: Tensor,
+        token_BL: Tensor,
+        image_features: Tensor | None = None,
+        text_features: Tensor | None = None,
+    ) -> EncoderOutput:
+        """Both towers and the inverse temperature, so that an engine that gathers weights module by module sees all.
+
+        Args:
+            image_BCHW: as in `encode_image`.
+            token_BL: Shape: (B, L).
+            image_features: known already: the image tower does not run. Shape: (B, D).
+            text_features: likewise of the text tower. Shape: (B, D).
+        """
         log_scale = self.logit_scale.float()
         if self.exact_logit_scale is not None:
             # The master's value with the parameter's gradient: bf16 would round the scale by per cents.
             log_scale = self.exact_logit_scale + (log_scale - log_scale.detach())
-        return EncoderOutput(self.encode_image(image_BCHW), self.encode_text(token_BL), log_scale.exp())
+        image = self.encode_image(image_BCHW) if image_features is None else image_features
+        text = self.encode_text(token_BL) if text_features is None else text_features
+        return EncoderOutput(image, text, log_scale)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks of both towers in backward: less memory, more time.
@@ -279,6 +294,26 @@ def find_patches(visual: nn.Module) -> Patches | None:
     if not isinstance(positions, Tensor) or positions.dim() != 3:
         return Patches(size, size, None)
     return Patches(size, size, "visual.trunk.pos_embed", positions.shape[1] - math.prod(embed.grid_size))
+
+
+def projection_names(tower: nn.Module) -> set[str]:
+    """Names, within a tower, of the parameters of its last linear map, from its own width to D; empty: it has none."""
+    projection: Any
+    if isinstance(tower, ModifiedResNet):
+        projection = tower.attnpool.c_proj
+    elif isinstance(tower, RowConvTower):
+        projection = tower.projection
+    elif isinstance(tower, TextTransformer):
+        projection = tower.text_projection
+    elif isinstance(tower, TimmModel):
+        # Added by open_clip, plain or at the end of an MLP, or what timm calls the classifier.
+        head = tower.head
+        projection = head.proj if hasattr(head, "proj") else head.mlp.fc2 if hasattr(head, "mlp") else None
+        projection = tower.trunk.get_classifier() if projection is None else projection
+    else:
+        projection = getattr(tower, "proj", None)
+    parameters = list(projection.parameters()) if isinstance(projection, nn.Module) else [projection]
+    return {name for name, parameter in tower.named_parameters() if any(parameter is p for p in parameters)}
 
 
 def resize_position_embedding(

@@ -1,14 +1,27 @@
-"""Generic image-text pretraining: the contrastive loss of CLIP on pairs without identities."""
+"""Generic image-text pretraining: a contrastive loss on pairs without identities."""
 
-from reid_dist.losses.contrastive import contrastive_loss
-from reid_dist.stages.base import Batch, Stage, StageOutput
+from collections.abc import Iterable
+
+from reid_dist.config import PretrainLoss
+from reid_dist.models.dual_encoder import DualEncoder
+from reid_dist.stages.base import ALONE, Placement
+from reid_dist.stages.contrastive import ContrastiveStage
+
+PLAIN = PretrainLoss()
 
 
-class PretrainStage(Stage):
-    """Each image against the captions of the global batch and the reverse; the own pair is the only positive."""
+class PretrainStage(ContrastiveStage):
+    """Each image against the captions and the reverse; the own pair is the only positive.
 
-    def forward(self, batch: Batch) -> StageOutput:
-        """See `Stage.forward`."""
-        output = self.encoder(batch["image_BCHW"], batch["token_BL"])
-        loss = contrastive_loss(output.image_features, output.text_features, output.logit_scale)
-        return {"loss": loss, "metrics": {"contrastive": loss, "logit_scale": output.logit_scale}, "state": {}}
+    Within the global batch it is the loss of CLIP (Radford et al. 2021), against a queue that of CM-MoCo. A sample met
+    again is an identity: no negative of itself.
+    """
+
+    def __init__(
+        self,
+        encoder: DualEncoder,
+        loss: PretrainLoss = PLAIN,
+        freeze: Iterable[str] = (),
+        place: Placement = ALONE,
+    ) -> None:
+        super().__init__(encoder, loss, freeze, place, positives="pair", ids="sample_id_B")

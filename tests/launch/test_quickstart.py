@@ -186,7 +186,10 @@ def test_another_seed_moves_the_earlier_run_aside_and_back(tree: Tree) -> None:
     assert (runs / "quickstart.cpu-seed0-ranks2" / "of").is_file()
     tree.run("--compare")
     assert (runs / "quickstart" / "of").read_text() == "seed 0"
-    assert "output_dir=runs/quickstart/without-pretrain" in tree.training()
+    trained = [line for line in tree.log() if line.startswith("deepspeed")][-2:]
+    assert "output_dir=runs/quickstart/without-pretrain stages.pretrain.steps=0" in trained[0]
+    assert "output_dir=runs/quickstart/without-queue model.weights=runs/quickstart/i2i/export" in trained[1]
+    assert trained[1].endswith("stages.t2i.loss.queue_size=0 stages.t2i.loss.in_batch_negatives=false")
     tree.run("--seed", "0", GPUS="2")
     assert sorted(folder.name for folder in runs.iterdir() if folder.is_dir()) == [
         "quickstart", "quickstart.cpu-seed0-ranks2", "quickstart.cpu-seed1-ranks2",
@@ -299,6 +302,24 @@ def test_results_have_every_row(fast_run: subprocess.CompletedProcess[str]) -> N
 def test_the_smoke_run_takes_at_most_90_seconds(fast_run: subprocess.CompletedProcess[str]) -> None:
     seconds = json.loads((RUN / "results.json").read_text())["seconds"]
     assert seconds["data"] + seconds["train"] + seconds["report"] <= 90
+
+
+@pytest.mark.slow
+def test_a_comparison_is_added_to_table_and_results(fast_run: subprocess.CompletedProcess[str]) -> None:
+    """What `--compare` trains; here the stage's own scores stand in its place."""
+    beside = RUN / "without-queue"
+    shutil.copytree(RUN / "t2i", beside / "t2i")
+    first = (RUN / "results.json").read_text()
+    try:
+        table = report(RUN, ROOT / "data" / "quickstart-fast.seed0" / "oracle.json", {})
+        results = json.loads((RUN / "results.json").read_text())
+    finally:
+        shutil.rmtree(beside)
+        (RUN / "results.json").write_text(first)
+    assert "after t2i, without a queue" in table
+    last = results["stages"][-1]
+    assert results["without_queue"] == [{key: last[key] for key in ("name", "t2i", "i2i")}]
+    assert "without_pretrain" not in results
 
 
 @pytest.mark.slow

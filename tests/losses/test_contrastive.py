@@ -6,7 +6,7 @@ from torch import Tensor
 
 from reid_dist.losses.contrastive import contrastive_loss
 
-SCALE = torch.tensor([7.0], dtype=torch.float64)
+SCALE = torch.tensor([7.0], dtype=torch.float64).log()
 
 
 def make(rows: int = 12, features: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -69,9 +69,9 @@ def test_gradient_equals_finite_differences(pid: Tensor | None) -> None:
 def test_bf16_features_under_autocast_lose_only_their_own_rounding() -> None:
     """At temperature 0.01 a product in bf16 would be off by several units; here only the inputs are rounded."""
     image, text = (x.bfloat16() for x in make(64, 32))
-    expected = contrastive_loss(image.double(), text.double(), torch.tensor([100.0]))
+    expected = contrastive_loss(image.double(), text.double(), torch.tensor([100.0]).log())
     with torch.autocast("cpu", torch.bfloat16):
-        found = contrastive_loss(image, text, torch.tensor([100.0]))
+        found = contrastive_loss(image, text, torch.tensor([100.0]).log())
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -89,6 +89,34 @@ def test_own_pairs_on_several_ranks_equal_one_process(assert_ranks_equal_one_pro
 def test_identities_spread_unevenly_over_ranks_equal_one_process(assert_ranks_equal_one_process) -> None:
     pid = torch.tensor([0, 0, 0, 0, 0, 1, 2, 2, 0, 3, 2, 3])
     assert_ranks_equal_one_process(lambda i, t, y: contrastive_loss(i, t, SCALE, y), *make(), pid)
+
+
+def test_one_identity_alone_has_no_negatives_on_any_rank_and_finite_gradients(assert_ranks_equal_one_process) -> None:
+    pid = torch.full((12,), 9)
+    assert_ranks_equal_one_process(lambda i, t, y: contrastive_loss(i, t, SCALE, y), *make(), pid)
+
+
+def test_a_rank_without_negatives_beside_one_that_has_them(assert_ranks_equal_one_process) -> None:
+    pid = torch.tensor([4, 4, 4, 4, 4, 4, 4, 4, 4, 5, 4, 5])
+    assert_ranks_equal_one_process(lambda i, t, y: contrastive_loss(i, t, SCALE, y), *make(), pid)
+
+
+@pytest.mark.parametrize("identities", [None, 16])
+def test_easy_positives_at_a_low_temperature_keep_their_digits_in_fp32(identities: int | None) -> None:
+    """A loss of 1e-5 is the difference of two numbers near 100 where log-sum-exp is taken over positives too."""
+    generator = torch.Generator().manual_seed(1)
+    owner = torch.arange(32) if identities is None else torch.arange(32) % identities
+    image = torch.randn(64, 16, generator=generator)[owner] + 0.01 * torch.randn(32, 16, generator=generator)
+    text = image + 0.6 * torch.randn(32, 16, generator=generator)
+    pid = None if identities is None else owner
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (image, text, torch.tensor([100.0]).log())]
+        loss = contrastive_loss(*leaves, pid)
+        loss.backward()
+        results.append([loss.detach(), *(x.grad for x in leaves)])
+    for exact, found in zip(*results, strict=True):
+        assert (found.double() - exact).norm() < 2e-5 * exact.norm()
 
 
 def _scale_gradient(image: Tensor, text: Tensor) -> Tensor:

@@ -131,11 +131,11 @@ def test_means_are_not_weights() -> None:
     assert set(make_plain_encoder().state_dict()) == {"logit_scale", "visual.anchor", "text.anchor"}
 
 
-def test_logit_scale_has_one_element_and_comes_out_exponentiated() -> None:
+def test_log_scale_has_one_element_and_is_that_of_clip() -> None:
     encoder = make_plain_encoder()
     assert encoder.logit_scale.shape == (1,)
     output = encoder(torch.zeros(1, 3), torch.zeros(1, 3))
-    assert output.logit_scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
+    assert output.log_scale.item() == pytest.approx(math.log(1 / 0.07), rel=1e-6)
     assert pytest.approx(100) == math.exp(MAX_LOGIT_SCALE)
 
 
@@ -143,12 +143,20 @@ def test_an_exact_logit_scale_gives_the_value_and_the_parameter_gets_the_gradien
     encoder = make_plain_encoder()
     encoder.logit_scale.data = torch.tensor([2.671875], dtype=torch.bfloat16)
     encoder.exact_logit_scale = torch.tensor([2.6593])
-    scale = encoder(torch.zeros(1, 3), torch.zeros(1, 3)).logit_scale
-    scale.sum().backward()
+    scale = encoder(torch.zeros(1, 3), torch.zeros(1, 3)).log_scale
+    scale.exp().sum().backward()
     assert scale.dtype == torch.float32
-    assert scale.item() == pytest.approx(math.exp(2.6593), rel=1e-6)
+    assert scale.item() == pytest.approx(2.6593, rel=1e-6)
     assert encoder.logit_scale.grad is not None
     assert encoder.logit_scale.grad.item() == pytest.approx(math.exp(2.6593), rel=1e-2)
+
+
+def test_a_tower_whose_features_are_known_does_not_run() -> None:
+    encoder = make_plain_encoder()
+    known = torch.randn(1, 3)
+    output = encoder(torch.zeros(1, 3), torch.zeros(1, 3), image_features=known)
+    assert output.image_features is known and output.text_features.shape == (1, 3)
+    assert encoder(torch.zeros(1, 3), torch.zeros(1, 3), text_features=known).text_features is known
 
 
 def ramp(rows: int, columns: int) -> Tensor:

@@ -1,8 +1,5 @@
 """What all stages promise, and what each of them trains."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +8,7 @@ from reid_dist.config import (
     I2ILoss,
     I2IStageConfig,
     OptimizerConfig,
+    PretrainLoss,
     PretrainStageConfig,
     StageConfig,
     T2ILoss,
@@ -19,27 +17,12 @@ from reid_dist.config import (
 from reid_dist.losses.contrastive import contrastive_loss
 from reid_dist.losses.identity import identity_loss
 from reid_dist.losses.triplet import batch_hard_triplet_loss
-from reid_dist.models.dual_encoder import DualEncoder, build_dual_encoder
 from reid_dist.optim import build_optimizer, parameter_groups
 from reid_dist.stages import STAGES, I2IStage, PretrainStage, Stage, T2IStage, build_stage
+from reid_dist.stages.base import Placement
 
 IDENTITIES = 5
-TEXT = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
-VISION = {
-    "row_conv": {"row_conv": {"widths": [8, 16], "groups": 2, "rows": 4}},
-    "resnet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64, "patch_size": None},
-}
-
-
-@pytest.fixture
-def make_encoder(tmp_path: Path):
-    def make(vision: str = "row_conv") -> DualEncoder:
-        path = tmp_path / "architecture.json"
-        path.write_text(json.dumps({"embed_dim": 12, "vision_cfg": VISION[vision], "text_cfg": TEXT}))
-        torch.manual_seed(0)
-        return build_dual_encoder(str(path), (64, 32))
-
-    return make
+QUEUE = {"queue_size": 10, "queue_init": "random_as_published"}
 
 
 def make_batch() -> dict[str, Tensor]:
@@ -63,17 +46,22 @@ def stage_config(kind: str, **settings: object) -> StageConfig:
 def make_stages(make_encoder) -> dict[str, Stage]:
     return {
         "pretrain": PretrainStage(make_encoder()),
-        "pretrain_locked_text": PretrainStage(make_encoder(), ("text",)),
+        "pretrain_locked_text": PretrainStage(make_encoder(), freeze=("text",)),
         "i2i": I2IStage(make_encoder(), 12, IDENTITIES, I2ILoss()),
         "i2i_text": I2IStage(make_encoder(), 12, IDENTITIES, I2ILoss(text_weight=0.5)),
         "i2i_text_frozen": I2IStage(make_encoder(), 12, IDENTITIES, I2ILoss(text_weight=0.5), ("text",)),
         "t2i": T2IStage(make_encoder(), T2ILoss()),
         "t2i_pair": T2IStage(make_encoder(), T2ILoss(positives="pair")),
         "t2i_frozen": T2IStage(make_encoder(), T2ILoss(), ("visual",)),
+        "t2i_fixed": T2IStage(make_encoder(), T2ILoss(temperature=0.07)),
+        "t2i_queue": T2IStage(make_encoder(), T2ILoss(**QUEUE), place=Placement(6)),
+        "t2i_queue_frozen": T2IStage(make_encoder(), T2ILoss(**QUEUE), ("visual",), Placement(6)),
+        "pretrain_queue": PretrainStage(make_encoder(), PretrainLoss(**QUEUE), place=Placement(6)),
     }
 
 
 NAMES = ("pretrain", "pretrain_locked_text", "i2i", "i2i_text", "i2i_text_frozen", "t2i", "t2i_pair", "t2i_frozen")
+NAMES += ("t2i_fixed", "t2i_queue", "t2i_queue_frozen", "pretrain_queue")
 
 
 def sgd_step(stage: Stage, lr: float = 0.1) -> dict[str, Tensor]:
@@ -88,13 +76,14 @@ def sgd_step(stage: Stage, lr: float = 0.1) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_forward_keeps_the_contract(name: str, make_encoder) -> None:
+def test_forward_keeps_the_contract(name: str, make_encoder, weights_of) -> None:
     stage = make_stages(make_encoder)[name].train()
     output = stage(make_batch())
     assert set(output) == {"loss", "metrics", "state"}
     assert output["loss"].shape == () and output["loss"].requires_grad and bool(output["loss"].isfinite())
     assert output["metrics"] and all(value.numel() == 1 for value in output["metrics"].values())
-    stage.after_step(output, updated=True)
+    stage.start(weights_of(stage))
+    stage.after_step([output["state"]], updated=True, weights=weights_of(stage))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -134,6 +123,8 @@ def test_every_trainable_parameter_gets_a_gradient_and_no_other(name: str, make_
         ("i2i", ("encoder.text.", "encoder.logit_scale")),
         ("i2i_text_frozen", ("encoder.text.",)),
         ("t2i_frozen", ("encoder.visual.",)),
+        ("t2i_queue_frozen", ("encoder.visual.",)),
+        ("t2i_fixed", ("encoder.logit_scale",)),
     ],
 )
 def test_frozen_parts_stay_bit_identical_and_the_rest_moves(name: str, frozen: tuple[str, ...], make_encoder) -> None:
@@ -185,7 +176,7 @@ def test_frozen_towers_are_in_evaluation_mode_however_often_the_stage_is_switche
 
 def features_of(stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
     output = stage.encoder(make_batch()["image_BCHW"], make_batch()["token_BL"])
-    return output.image_features, output.text_features, output.logit_scale
+    return output.image_features, output.text_features, output.log_scale
 
 
 def test_pretrain_has_own_pair_targets_whatever_the_identities(make_encoder) -> None:

@@ -1,0 +1,1 @@
+"""Contrastive kernels: public functions in `contrastive`, one file per backend."""

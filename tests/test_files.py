@@ -1,0 +1,43 @@
+"""Hash of a file, and folders that take each other's name."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from reid_dist.files import aside, content_sha256, replace_folder
+
+
+def test_the_hash_is_that_of_the_whole_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc" * 700_000)  # more than one block
+    assert content_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def make(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "file").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_replacement_killed_anywhere_leaves_a_whole_folder(
+    renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before or between its renames, or not; and then tried once more."""
+    folder, real, left = make(tmp_path / "folder", "old"), Path.rename, [renames]
+
+    def rename(path: Path, target: Path) -> Path:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return real(path, target)
+
+    partial = make(tmp_path / "partial", "new")
+    if renames < 2:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "rename", rename)
+            replace_folder(partial, folder)
+        assert ((folder if folder.exists() else aside(folder)) / "file").read_text() == "old"
+    replace_folder(partial, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"] and (folder / "file").read_text() == "new"

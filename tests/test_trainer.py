@@ -1,0 +1,155 @@
+"""The loop of a stage: the order of its calls, a step that the engine skips, both ways to accumulate."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reid_dist.config import EngineConfig, OptimizerConfig, T2ILoss
+from reid_dist.data.bad_samples import BadSamples
+from reid_dist.engine import Engine
+from reid_dist.models.dual_encoder import build_dual_encoder
+from reid_dist.stages import Batch, T2IStage
+from reid_dist.stages.base import Placement, State, Weights
+from reid_dist.trainer import train
+
+ARCHITECTURE = str(Path(__file__).parents[1] / "configs" / "models" / "row_conv_tiny.json")
+SGD = OptimizerConfig(name="sgd", lr=0.1, schedule="constant")
+ROWS, STEPS = 4, 4
+
+
+class Batches:
+    """A loader of random pairs."""
+
+    wait_seconds = 0.0
+    bad_samples = BadSamples(0.0)
+
+    def __init__(self, micro_steps: int) -> None:
+        self.micro_steps = micro_steps
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        for step in range(start, stop):
+            yield [self.batch(step * self.micro_steps + number) for number in range(self.micro_steps)]
+
+    def batch(self, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        token = torch.randint(3, 400, (ROWS, 40), generator=generator)
+        token[:, -1] = 511
+        return {
+            "image_BCHW": torch.randint(0, 256, (ROWS, 3, 64, 32), generator=generator, dtype=torch.uint8),
+            "token_BL": token,
+            "pid_B": torch.arange(ROWS) + seed,
+            "sample_id_B": torch.arange(ROWS),
+        }
+
+
+class Log:
+    """Keeps what a stage's log would write."""
+
+    def __init__(self) -> None:
+        self.added: list[dict[str, float]] = []
+        self.steps: list[int] = []
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self.added.append({name: float(value.detach()) for name, value in metrics.items()})
+
+    def step_done(self, step: int, *others: Any) -> None:
+        self.steps.append(step)
+
+
+class RecordingStage(T2IStage):
+    """Keeps when the trainer called it, with what, and its own state afterwards."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        encoder = build_dual_encoder(ARCHITECTURE, (64, 32))
+        loss = T2ILoss(positives="pair", queue_mask="batch", queue_size=30, momentum=0.5, queue_check_every=0)
+        super().__init__(encoder, loss, place=Placement(ROWS))
+        self.calls: list[Any] = []
+        self.beside: list[list[Tensor]] = []
+
+    def start(self, weights: Weights) -> None:
+        super().start(weights)
+        self.calls.append("start")
+
+    def prepare(self, micro_batches: list[Batch]) -> list[Batch]:
+        self.calls.append("prepare")
+        return super().prepare(micro_batches)
+
+    def after_step(self, states: list[State], updated: bool, weights: Weights) -> None:  # type: ignore[override]
+        super().after_step(states, updated, weights)
+        self.calls.append((len(states), updated))
+        assert self.moco is not None
+        ring = self.moco.queue.ring
+        kept = [ring.image_XD, ring.text_XD, ring.ids_X, ring.sequence_X, ring.next]
+        self.beside.append([x.clone() for x in (*kept, *self.moco.key_encoder.state().values())])
+
+
+class SkippingEngine(Engine):
+    """Skips the third optimizer step as an engine does that met what is not finite: nothing is applied."""
+
+    micro_steps = 0
+
+    def step(self) -> bool:
+        self.micro_steps += 1
+        before = {name: p.detach().clone() for name, p in self.stage.named_parameters()}
+        updated = super().step()
+        if updated and self.micro_steps == 3 * self.config.gradient_accumulation_steps:
+            with torch.no_grad():
+                for name, parameter in self.stage.named_parameters():
+                    parameter.copy_(before[name])
+            return False
+        return updated
+
+
+def run(micro_steps: int, cached: bool) -> tuple[list[Any], list[list[Tensor]], list[dict[str, float]], list[int]]:
+    stage = RecordingStage()
+    config = EngineConfig(zero_stage=0, gradient_accumulation_steps=micro_steps, cached_gradients=cached)
+    engine, log = SkippingEngine(stage, config, SGD, ROWS), Log()
+    train(engine, Batches(micro_steps), SGD, STEPS, torch.device("cpu"), log)  # type: ignore[arg-type]
+    engine.close()
+    return stage.calls, stage.beside, log.added, log.steps
+
+
+MODES = [(1, False), (3, False), (3, True)]
+
+
+def run_all() -> list[tuple]:
+    return [run(*mode) for mode in MODES]
+
+
+@pytest.fixture(scope="module")
+def runs(run_ranks) -> dict[tuple[int, bool], tuple]:
+    return dict(zip(MODES, run_ranks(1, run_all)[0], strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stage_is_called_in_order_with_the_states_of_all_micro_steps(mode: tuple[int, bool], runs) -> None:
+    calls, _, added, steps = runs[mode]
+    done = [["prepare", (mode[0], step != 2)] for step in range(STEPS)]
+    assert calls == ["start", *(call for pair in done for call in pair)]
+    assert steps == list(range(STEPS))
+    assert len(added) == STEPS * (1 if mode[1] else mode[0])
+    assert all(set(metrics) == {"loss", "contrastive", "logit_scale"} for metrics in added)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_skipped_step_changes_neither_queue_nor_momentum_encoder(mode: tuple[int, bool], runs) -> None:
+    _, (first, second, skipped, last), _, _ = runs[mode]
+    assert all(x.equal(y) for x, y in zip(second, skipped, strict=True))
+    for before, after in ((first, second), (skipped, last)):  # the others change all of it
+        assert not any(x.equal(y) for x, y in zip(before[:5], after[:5], strict=True))
+        assert any(not x.equal(y) for x, y in zip(before[5:], after[5:], strict=True))
+
+
+def test_accumulation_enqueues_the_micro_steps_in_order(runs) -> None:
+    """Both ways; and after the skip the queue goes on where it was."""
+    for mode in MODES[1:]:
+        ids, sequence = runs[mode][1][-1][2:4]
+        expected = torch.cat([torch.arange(ROWS) + 3 * step + number for step in (0, 1, 3) for number in range(3)])
+        newest = torch.arange(36)[-30:]
+        for number in newest.tolist():
+            assert (int(ids[number % 30]), int(sequence[number % 30])) == (int(expected[number]), number)
