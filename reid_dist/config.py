@@ -214,11 +214,10 @@ class ContrastiveLoss(Section):
 
     @model_validator(mode="after")
     def _queue_settings_have_a_queue(self) -> "ContrastiveLoss":
-        needing = [name for name in type(self).model_fields if name.startswith(("queue_", "in_batch"))]
         idle = [
             name
-            for name in needing
-            if name != "queue_size" and getattr(self, name) != type(self).model_fields[name].default
+            for name, field in type(self).model_fields.items()
+            if name.startswith(("queue_", "in_batch")) and name != "queue_size" and getattr(self, name) != field.default
         ]
         if idle and not self.queue_size:
             raise ValueError(f"{', '.join(idle)}: without a queue (queue_size: 0); set queue_size, or remove them")

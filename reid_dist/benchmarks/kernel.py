@@ -13,7 +13,7 @@ same command measures bfloat16 at the sizes of kernel.md, about a minute each, s
     python launch/benchmark.py kernel --json pairs.json --ops clip_contrastive
     DS_ACCELERATOR=cpu python launch/benchmark.py kernel --json cpu.json    # the CPU of that machine
 
-`--route` prints what `auto` should know: our rows for reid_dist/kernels/routing.py, where no other number may enter.
+`--route` prints what `auto` should know: our rows for reid_dist/kernels/measured.py, where no other number may enter.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="of a cell's rounds (default: 40; with --quick: 20)")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, default=cores, help=f"on a CPU (default: all cores, {cores})")
-    parser.add_argument("--route", action="store_true", help="print our times as rows of reid_dist/kernels/routing.py")
+    parser.add_argument("--route", action="store_true", help="print our times as rows of reid_dist/kernels/measured.py")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -181,7 +181,7 @@ def check_writable(option: str, path: Path) -> None:
 
 
 def routes(rows: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """Least times of our backends at each size, as `reid_dist/kernels/routing.py` holds them: rows for `auto`."""
+    """Least times of our backends at each size, as `reid_dist/kernels/measured.py` holds them: rows for `auto`."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         if row["backend"] not in OURS or row["mask"] == "none" or row["least_total_ms"] is None:
@@ -204,7 +204,7 @@ def routes(rows: list[dict[str, Any]], device: torch.device) -> list[dict[str, A
 
 
 def route_lines(found: list[dict[str, Any]]) -> str:
-    """The routes as the entries of `routing.MEASURED`."""
+    """The routes as the entries of `measured.MEASURED`."""
     lines: list[str] = []
     for key in dict.fromkeys((route["device"], route["op"], route["dtype"]) for route in found):
         lines.append(f'    ("{key[0]}", "{key[1]}", torch.{key[2]}): (')
@@ -213,7 +213,7 @@ def route_lines(found: list[dict[str, Any]]) -> str:
                 size = f"{route['rows']}, {route['keys']}, {route['features']}"
                 lines.append(f"        Measurement({size}, {json.dumps(route['milliseconds'])}),")
         lines.append("    ),")
-    return "\n".join(["", "rows for reid_dist/kernels/routing.py:", *lines])
+    return "\n".join(["", "rows for reid_dist/kernels/measured.py:", *lines])
 
 
 def table(rows: list[dict[str, Any]]) -> str:

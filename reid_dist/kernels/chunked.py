@@ -20,8 +20,9 @@ from reid_dist.kernels.workspace import buffer, on_tensor_cores, product
 _CPU_ROWS, _CPU_TILE = 512, 2**20
 # At most 16 MB of products, which an L2 of 50 MB holds, and few launches.
 _GPU_ROWS, _GPU_TILE = 4096, 2**22
-# Keys of a chunk that are copied (widened, or gathered from between empty slots).
-_CHUNK_ELEMENTS = 2**21
+# Elements of a chunk's keys, which may be copied (widened, or without empty slots). More on a GPU, where few anchors
+# would otherwise mean many small launches.
+_CPU_CHUNK, _GPU_CHUNK = 2**21, 2**23
 
 
 def queue_attend(
@@ -41,8 +42,8 @@ def queue_attend(
     return lse_B, mean_BD
 
 
-def _chunk_width(rows: int, features: int, tile: int) -> int:
-    return max(64, min(tile // max(1, rows), _CHUNK_ELEMENTS // max(1, features)))
+def _chunk_width(rows: int, features: int, tile: int, chunk: int) -> int:
+    return max(64, min(tile // max(1, rows), chunk // max(1, features)))
 
 
 class _OnlineSoftmax:
@@ -81,7 +82,7 @@ def _attend_on_cpu(
     scaled_RD = (anchors_RD.double() * scale).to(mean_RD.dtype)
     sorted_R = anchor_ids_R.sort().values
     softmax = _OnlineSoftmax(mean_RD)
-    width = _chunk_width(anchors_RD.shape[0], anchors_RD.shape[1], _CPU_TILE)
+    width = _chunk_width(anchors_RD.shape[0], anchors_RD.shape[1], _CPU_TILE, _CPU_CHUNK)
     for start in range(0, keys_KD.shape[0], width):
         part = slice(start, start + width)
         keys_CD, ids_C = _counted_keys(keys_KD[part], key_ids_K[part], sorted_R, mask, mean_RD.dtype)
@@ -141,7 +142,7 @@ def _attend_on_gpu(
     scale = scale.to(mean_RD.dtype)
     anchors_RD = anchors_RD.to(keys_KD.dtype) if on_tensor_cores(keys_KD) else anchors_RD.to(mean_RD.dtype)
     softmax = _OnlineSoftmax(mean_RD)
-    width = _chunk_width(anchors_RD.shape[0], anchors_RD.shape[1], _GPU_TILE)
+    width = _chunk_width(anchors_RD.shape[0], anchors_RD.shape[1], _GPU_TILE, _GPU_CHUNK)
     for start in range(0, keys_KD.shape[0], width):
         ids_C = key_ids_K[start : start + width]
         keys_CD = keys_KD[start : start + width].masked_fill((ids_C == EMPTY)[:, None], 0.0)

@@ -84,4 +84,4 @@ class ContrastiveStage(Stage):
 
     def bytes_beside(self, world_size: int) -> float:
         """See `Stage.bytes_beside`."""
-        return 0.0 if self.moco is None else self.moco.bytes(world_size)
+        return 0.0 if self.moco is None else self.moco.bytes_beside(world_size)

@@ -71,7 +71,7 @@ class MomentumContrast:
         self.key_encoder = MomentumEncoder(encoder, towers, setting.momentum, setting.key_head, cast)
         self._commits = 0
 
-    def bytes(self, world_size: int) -> float:
+    def bytes_beside(self, world_size: int) -> float:
         """Of queue and key encoders, on one rank of `world_size`."""
         shards = world_size if self.setting.queue_sharded else 1
         return self.queue.nbytes / shards + self.key_encoder.nbytes

@@ -17,7 +17,7 @@ from reid_dist.benchmarks.kernel_peers import contestants
 from reid_dist.benchmarks.kernel_problem import Cell
 from reid_dist.benchmarks.kernel_turns import Settings, measure_cell
 from reid_dist.errors import UserError
-from reid_dist.kernels import routing
+from reid_dist.kernels import measured, routing
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -230,10 +230,10 @@ def test_routes_are_rows_of_the_routing_table() -> None:
     ]
     found = kernel.routes(rows, CPU)
     lines = kernel.route_lines(found).splitlines()
-    table = "".join(lines[lines.index("rows for reid_dist/kernels/routing.py:") + 1 :])
-    assert eval("{" + table + "}", {"torch": torch, "Measurement": routing.Measurement}) == {
-        ("cpu", "queue_attend", torch.float32): (routing.Measurement(8, 99, 16, {"chunked": 3.0, "reference": 2.5}),),
-        ("cpu", "pair_attend", torch.float32): (routing.Measurement(8, 8, 16, {"chunked": 4.0}),),
+    table = "".join(lines[lines.index("rows for reid_dist/kernels/measured.py:") + 1 :])
+    assert eval("{" + table + "}", {"torch": torch, "Measurement": measured.Measurement}) == {
+        ("cpu", "queue_attend", torch.float32): (measured.Measurement(8, 99, 16, {"chunked": 3.0, "reference": 2.5}),),
+        ("cpu", "pair_attend", torch.float32): (measured.Measurement(8, 8, 16, {"chunked": 4.0}),),
     }
     assert all(route["op"] in routing.OPS for route in found)
 

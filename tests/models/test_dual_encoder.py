@@ -13,6 +13,7 @@ from reid_dist.models.dual_encoder import (
     DualEncoder,
     build_dual_encoder,
     find_patches,
+    projection_names,
     read_architecture,
     resize_position_embedding,
 )
@@ -316,3 +317,44 @@ def test_a_patch_stride_beyond_the_patch_is_refused(stride: int, architectures: 
 def test_a_patch_stride_without_patches_is_refused(name: str, architectures: dict[str, str]) -> None:
     with pytest.raises(UserError, match="patch_stride"):
         build_dual_encoder(architectures[name], (64, 32), 8)
+
+
+# The projection
+
+
+@pytest.mark.parametrize("tower", ["visual", "text"])
+@pytest.mark.parametrize("kind", ["vit", "resnet", "row_conv", "text_bias"])
+def test_features_are_linear_in_the_projection_and_in_it_alone(
+    kind: str, tower: str, configs: dict, tmp_path: Path
+) -> None:
+    config = configs["vit" if kind == "text_bias" else kind]
+    config["text_cfg"]["proj_bias"] = kind == "text_bias"
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    encoder = build_dual_encoder(str(tmp_path / "model.json"), (64, 32)).eval()
+    image = make_images(64, 32)
+    encode = {"visual": lambda: encoder.encode_image(image), "text": lambda: encoder.encode_text(TOKENS)}[tower]
+    before = encode().detach()
+    names = projection_names(getattr(encoder, tower))
+    assert names
+    with torch.no_grad():
+        for name in names:
+            getattr(encoder, tower).get_parameter(name).mul_(2)
+    assert encode().equal(2 * before)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ViT-B-32", {"proj"}),
+        ("RN50", {"attnpool.c_proj.weight", "attnpool.c_proj.bias"}),
+        ("convnext_base", {"head.proj.weight"}),
+        ("convnext_large_d", {"head.mlp.fc2.weight"}),
+        ("EVA02-B-16", {"trunk.head.weight", "trunk.head.bias"}),
+        ("MobileCLIP-S1", {"trunk.head.fc.weight", "trunk.head.fc.bias"}),
+        ("ViT-B-16-SigLIP", set()),
+    ],
+)
+def test_every_kind_of_image_tower_tells_its_projection(name: str, expected: set[str]) -> None:
+    with torch.device("meta"):
+        visual = build_dual_encoder(name, (256, 256) if "Mobile" in name else (224, 224)).visual
+    assert projection_names(visual) == expected

@@ -1,6 +1,5 @@
 """The replicated queue: what it holds after any script of commits, and what its log-sum-exp counts."""
 
-import hashlib
 import random
 from collections.abc import Callable
 
@@ -11,22 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reid_dist.kernels.contrastive import EMPTY, RANDOM
-from reid_dist.models.queue import FeatureQueue, PendingKeys, queue_ids
+from reid_dist.models.queue import FeatureQueue, queue_ids
+from tests.models.queue_cases import D, make_rows, push, raw_sha
 
-D = 5
 Row = tuple[list[float], list[float], int]
-
-
-def make_rows(count: int, seed: int, identities: int = 7, features: int = D) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    image, text = torch.randn(2, count, features, generator=generator, dtype=torch.float64)
-    return image, text, torch.randint(identities, (count,), generator=generator)
-
-
-def push(queue: FeatureQueue, rows: tuple[Tensor, Tensor, Tensor]) -> PendingKeys:
-    pending = queue.gather(*rows)
-    queue.commit([pending])
-    return pending
 
 
 def content(queue: FeatureQueue) -> list[Row | None]:
@@ -34,15 +21,6 @@ def content(queue: FeatureQueue) -> list[Row | None]:
     ring = queue.ring
     slots = zip(ring.image_XD.tolist(), ring.text_XD.tolist(), ring.ids_X.tolist(), strict=True)
     return [None if row[2] == EMPTY else row for row in slots][: queue.size]
-
-
-def raw_sha(queue: FeatureQueue) -> str:
-    ring = queue.ring
-    parts = (ring.image_XD, ring.text_XD, ring.ids_X, ring.sequence_X)
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part[: ring.slots].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest() + str(int(ring.next))
 
 
 # What the queue holds
