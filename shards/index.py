@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards")
         return 0
 
-    return exit_code(command, "; run the same command again to continue")
+    return exit_code(command, "; run the same command again to continue", last=arguments is None)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("--out: belongs to --overlap; the report is written with --json FILE")
         return _check(options)
 
-    return exit_code(command, "")
+    return exit_code(command, "", last=arguments is None)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,17 @@ class Interrupted(BaseException):
 
 
 @contextmanager
-def signals_raise() -> Iterator[None]:
-    """Inside, SIGINT, SIGTERM and SIGHUP raise Interrupted, so that temporary files and processes are taken away."""
+def signals_raise(last: bool = False) -> Iterator[None]:
+    """Inside, SIGINT, SIGTERM and SIGHUP raise Interrupted, so that temporary files and processes are taken away.
+
+    Args:
+        last: the process ends behind it. A signal that comes then is too late, and must not change the exit code.
+    """
+    over = False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
+        if not over:
+            raise Interrupted(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     # Those that are ignored stay so: nohup.
@@ -48,8 +54,10 @@ def signals_raise() -> Iterator[None]:
     try:
         yield
     finally:
+        over = True
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # Python takes its own handlers away before the process ends; what is ignored stays ignored.
+            signal.signal(number, signal.SIG_IGN if last else handler)
 
 
 def processors() -> int:

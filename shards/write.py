@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     kept = f"{options.out} keeps the finished shards; run the same command again to continue"
-    return exit_code(command, f", {kept}")
+    return exit_code(command, f", {kept}", last=arguments is None)
 
 
 def _parser() -> argparse.ArgumentParser:

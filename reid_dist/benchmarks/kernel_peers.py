@@ -15,7 +15,7 @@ Shape suffixes: B anchors, K keys, D features.
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,11 @@ from reid_dist.benchmarks.kernel_plain import (
     Step,
     checkpointed,
     compiled,
-    naive_bf16,
-    naive_fp32,
+    naive,
     naive_pairs,
-    naive_pairs_bf16,
     roof,
 )
-from reid_dist.benchmarks.kernel_problem import Cell, Inputs, Problem
+from reid_dist.benchmarks.kernel_problem import DTYPES, Cell, Inputs, Problem
 from reid_dist.kernels.contrastive import Backend, Mask, clip_contrastive, moco_nce
 
 OURS: tuple[Backend, ...] = ("chunked", "triton", "reference")
@@ -93,10 +91,7 @@ def _queue_contestants(cell: Cell) -> Iterator[Contestant]:
             # Unmasked is the other projects' problem; of ours the plain form has nothing to show there.
             if mask == "identity" or backend != "reference":
                 yield _our_queue(backend, problem, mask)
-    faster = naive_fp32 if cell.dtype == "float32" else naive_bf16
-    yield Contestant("naive", "identity", naive_fp32, (), logit_bytes=21)
-    yield Contestant("naive_bf16_logits", "identity", naive_bf16, (), logit_bytes=21)
-    yield Contestant("naive_compiled", "identity", compiled(faster), (), compiles=True, logit_bytes=21)
+    yield from _plain_torch(cell, "identity", naive, logit_bytes=21)
     yield Contestant("checkpointed", "identity", checkpointed, ())
     flex_reason = "FlexAttention has no backward on the CPU"
     yield Contestant(
@@ -106,6 +101,16 @@ def _queue_contestants(cell: Cell) -> Iterator[Contestant]:
     yield Contestant(
         "inf_cl", "target", _inf_cl, (*_ONLY_SCALED, "queue", "CPU"), ("inf_cl", "inf-cl"), "has Triton kernels only"
     )
+
+
+def _plain_torch(
+    cell: Cell, problem: Problem, form: Callable[[torch.dtype], Build], logit_bytes: int
+) -> Iterator[Contestant]:
+    """With logits of either precision, and the one of the cell's compiled."""
+    yield Contestant("naive", problem, form(torch.float32), (), logit_bytes=logit_bytes)
+    yield Contestant("naive_bf16_logits", problem, form(torch.bfloat16), (), logit_bytes=logit_bytes)
+    compiled_form = compiled(form(DTYPES[cell.dtype]))
+    yield Contestant("naive_compiled", problem, compiled_form, (), compiles=True, logit_bytes=logit_bytes)
 
 
 def _our_queue(backend: Backend, problem: Problem, mask: Mask) -> Contestant:
@@ -145,10 +150,7 @@ def _pair_contestants(cell: Cell) -> Iterator[Contestant]:
     yield Contestant("three_gemms", "pairs", roof, None, logit_bytes=cell.element)
     for backend in OURS:
         yield _our_pairs(backend)
-    faster = naive_pairs if cell.dtype == "float32" else naive_pairs_bf16
-    yield Contestant("naive", "pairs", naive_pairs, (), logit_bytes=24)
-    yield Contestant("naive_bf16_logits", "pairs", naive_pairs_bf16, (), logit_bytes=24)
-    yield Contestant("naive_compiled", "pairs", compiled(faster), (), compiles=True, logit_bytes=24)
+    yield from _plain_torch(cell, "pairs", naive_pairs, logit_bytes=24)
     yield Contestant(
         "open_clip", "pairs", _open_clip, ("mask", "queue"), ("open_clip", "open_clip_torch"), logit_bytes=32
     )
@@ -218,67 +220,45 @@ def _cce_torch_compile(inputs: Inputs) -> Step:
 
 def _linear_cross_entropy(inputs: Inputs, **options: Any) -> Step:
     package: Any = importlib.import_module("cut_cross_entropy")
-
-    def step() -> Tensor:
-        loss: Tensor = package.linear_cross_entropy(_scaled(inputs), inputs.keys_KD, inputs.targets_B, **options)
-        return loss
-
-    return step
+    function = package.linear_cross_entropy
+    return lambda: function(_scaled(inputs), inputs.keys_KD, inputs.targets_B, **options)
 
 
 def _liger(inputs: Inputs) -> Step:
     package: Any = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
     module = package.LigerFusedLinearCrossEntropyLoss()
-
-    def step() -> Tensor:
-        loss: Tensor = module(inputs.keys_KD, _scaled(inputs), inputs.targets_B)
-        return loss
-
-    return step
+    return lambda: module(inputs.keys_KD, _scaled(inputs), inputs.targets_B)
 
 
 def _quack(inputs: Inputs) -> Step:
     package: Any = importlib.import_module("quack.linear_cross_entropy")
-
-    def step() -> Tensor:
-        loss: Tensor = package.chunked_linear_cross_entropy(_scaled(inputs), inputs.keys_KD, inputs.targets_B)
-        return loss
-
-    return step
+    function = package.chunked_linear_cross_entropy
+    return lambda: function(_scaled(inputs), inputs.keys_KD, inputs.targets_B)
 
 
 def _inf_cl(inputs: Inputs) -> Step:
-    flash: Any = importlib.import_module("inf_cl.flash")
-    head = math.gcd(inputs.cell.d, 256)
-
-    def step() -> Tensor:
-        scale = inputs.log_scale.exp()
-        loss_B: Tensor = flash.cal_flash_loss(inputs.anchors_BD, inputs.keys_KD, inputs.targets_B, scale, head)
-        return loss_B.mean()
-
-    return step
+    one_way = _inf_cl_loss(inputs)
+    return lambda: one_way(inputs.anchors_BD, inputs.keys_KD)
 
 
 def _inf_cl_pairs(inputs: Inputs) -> Step:
+    one_way = _inf_cl_loss(inputs)
+    return lambda: (one_way(inputs.anchors_BD, inputs.keys_KD) + one_way(inputs.keys_KD, inputs.anchors_BD)) / 2
+
+
+def _inf_cl_loss(inputs: Inputs) -> Callable[[Tensor, Tensor], Tensor]:
     flash: Any = importlib.import_module("inf_cl.flash")
     head = math.gcd(inputs.cell.d, 256)
 
-    def step() -> Tensor:
+    def one_way(rows_BD: Tensor, columns_KD: Tensor) -> Tensor:
         scale = inputs.log_scale.exp()
-        rows_B = flash.cal_flash_loss(inputs.anchors_BD, inputs.keys_KD, inputs.targets_B, scale, head)
-        columns_B = flash.cal_flash_loss(inputs.keys_KD, inputs.anchors_BD, inputs.targets_B, scale, head)
-        loss: Tensor = (rows_B.mean() + columns_B.mean()) / 2
+        loss: Tensor = flash.cal_flash_loss(rows_BD, columns_KD, inputs.targets_B, scale, head).mean()
         return loss
 
-    return step
+    return one_way
 
 
 def _open_clip(inputs: Inputs) -> Step:
     package: Any = importlib.import_module("open_clip.loss")
     module = package.ClipLoss()
-
-    def step() -> Tensor:
-        loss: Tensor = module(inputs.anchors_BD, inputs.keys_KD, inputs.log_scale.exp())
-        return loss
-
-    return step
+    return lambda: module(inputs.anchors_BD, inputs.keys_KD, inputs.log_scale.exp())

@@ -70,23 +70,14 @@ def _products(inputs: Inputs, width: int, logits: Tensor) -> Step:
 # Plain torch
 
 
-def naive_fp32(inputs: Inputs) -> Step:
-    """Logits from products in float32."""
-    return _naive(inputs, torch.float32)
-
-
-def naive_bf16(inputs: Inputs) -> Step:
-    """Logits from products in bfloat16, as autocast has them."""
-    return _naive(inputs, torch.bfloat16)
-
-
-def _naive(inputs: Inputs, dtype: torch.dtype) -> Step:
+def naive(dtype: torch.dtype) -> Build:
     """The published MoCo code with the mask: products in `dtype`, cross-entropy in float32 over all logits."""
 
-    def step() -> Tensor:
-        return F.cross_entropy(_naive_logits(inputs, inputs.anchors_BD.to(dtype), slice(None)), _first(inputs))
+    def build(inputs: Inputs) -> Step:
+        first_B = _first(inputs)
+        return lambda: F.cross_entropy(_naive_logits(inputs, inputs.anchors_BD.to(dtype), slice(None)), first_B)
 
-    return step
+    return build
 
 
 def _naive_logits(inputs: Inputs, anchors_BD: Tensor, rows: slice) -> Tensor:
@@ -133,20 +124,15 @@ def checkpointed(inputs: Inputs) -> Step:
     return step
 
 
-def naive_pairs(inputs: Inputs) -> Step:
-    """Symmetric, products in float32."""
-    return _pairs_in(inputs, torch.float32)
+def naive_pairs(dtype: torch.dtype) -> Build:
+    """Symmetric, products in `dtype`."""
 
+    def build(inputs: Inputs) -> Step:
+        def step() -> Tensor:
+            logits_BB = (inputs.anchors_BD.to(dtype) @ inputs.keys_KD.to(dtype).T).float() * inputs.log_scale.exp()
+            both = F.cross_entropy(logits_BB, inputs.targets_B) + F.cross_entropy(logits_BB.T, inputs.targets_B)
+            return both / 2
 
-def naive_pairs_bf16(inputs: Inputs) -> Step:
-    """Symmetric, products in bfloat16."""
-    return _pairs_in(inputs, torch.bfloat16)
+        return step
 
-
-def _pairs_in(inputs: Inputs, dtype: torch.dtype) -> Step:
-    def step() -> Tensor:
-        logits_BB = (inputs.anchors_BD.to(dtype) @ inputs.keys_KD.to(dtype).T).float() * inputs.log_scale.exp()
-        both = F.cross_entropy(logits_BB, inputs.targets_B) + F.cross_entropy(logits_BB.T, inputs.targets_B)
-        return both / 2
-
-    return step
+    return build

@@ -179,7 +179,7 @@ def _prepare(cell: Cell, places: list[_Place], settings: Settings, folder: Path,
             continue
         place.numbers["extra_bytes"] = found["extra_bytes"]
         if found["answered"]:
-            answer = load_answer(torch.load(place.worker.answer, map_location="cpu"))
+            answer = load_answer(torch.load(place.worker.answer, map_location="cpu", weights_only=True))
             errors = answer.errors(answers[place.contestant.problem])
             if not all(error is None or math.isfinite(error) for error in errors):
                 place.leave("its loss or gradient is not finite")
@@ -194,7 +194,7 @@ def _reference(cell: Cell, settings: Settings, folder: Path) -> dict[str, Answer
         worker.ask(do="prepare", answer=str(worker.answer))
     finally:
         worker.close()
-    saved = torch.load(worker.answer, map_location="cpu")
+    saved = torch.load(worker.answer, map_location="cpu", weights_only=True)
     return {problem: load_answer(answer) for problem, answer in saved.items()}
 
 

@@ -11,6 +11,10 @@ from reid_dist.errors import UserError
 # Tasks that each worker has in advance.
 PREFETCH = 2
 
+# Keeps the queues of running loaders out of the garbage collector's hands: it would close those of a loader that an
+# error's traceback had held before the loader can tell its workers to end, and torch waits five seconds for each.
+_running: set[Any] = set()
+
 _Made = TypeVar("_Made", covariant=True)
 
 
@@ -41,8 +45,10 @@ def from_workers(
         # random numbers would depend on the number of loaders started.
         generator=torch.Generator(),
     )
+    batches = iter(loader)
+    _running.add(batches)
     try:
-        yield from loader
+        yield from batches
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -50,6 +56,8 @@ def from_workers(
             f"data.workers: a process that reads training samples ended ({' '.join(str(error).split())}); the machine "
             f"may be out of memory: {remedy}"
         ) from error
+    finally:
+        _running.discard(batches)
 
 
 def _unchanged(made: Any) -> Any:

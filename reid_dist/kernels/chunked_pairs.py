@@ -38,11 +38,11 @@ class _Pairs:
         unmasked = MASKS[mask] == "none"
         self.all_counted = on_cpu and unmasked and not ((row_ids_B == EMPTY).any() or (column_ids_G == EMPTY).any())
 
-    def column_parts(self) -> Iterator[slice]:
-        yield from _parts(self.columns_GD.shape[0], self.tile[1])
-
-    def row_parts(self) -> Iterator[slice]:
-        yield from _parts(self.rows_BD.shape[0], self.tile[0])
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """(rows, columns) of each tile; those of the same columns follow each other."""
+        for column in range(0, self.columns_GD.shape[0], self.tile[1]):
+            for row in range(0, self.rows_BD.shape[0], self.tile[0]):
+                yield slice(row, row + self.tile[0]), slice(column, column + self.tile[1])
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
         """Scaled products of a tile, not masked. Shape: (R, C)."""
@@ -75,11 +75,6 @@ class _Pairs:
         return self.rows_BD.new_zeros(self.rows_BD.shape, dtype=self.wide), self.columns_GD.new_zeros(
             self.columns_GD.shape, dtype=self.wide
         )
-
-
-def _parts(count: int, width: int) -> Iterator[slice]:
-    for start in range(0, count, width):
-        yield slice(start, start + width)
 
 
 class _OnlineStatistics:
@@ -135,12 +130,11 @@ def pair_statistics(
         pairs = _Pairs(rows_BD, columns_GD, row_ids_B, column_ids_G, log_scale, mask)
         of_rows = _OnlineStatistics(rows_BD.shape[0], moments, rows_BD, pairs.wide)
         of_columns = _OnlineStatistics(columns_GD.shape[0], moments, rows_BD, pairs.wide)
-        for columns in pairs.column_parts():
-            for rows in pairs.row_parts():
-                logits = pairs.masked_logits(rows, columns)
-                same = pairs.same(rows, columns) if moments else None
-                of_rows.add(rows, logits, same, dim=1)
-                of_columns.add(columns, logits, same, dim=0)
+        for rows, columns in pairs.tiles():
+            logits = pairs.masked_logits(rows, columns)
+            same = pairs.same(rows, columns) if moments else None
+            of_rows.add(rows, logits, same, dim=1)
+            of_columns.add(columns, logits, same, dim=0)
         return of_rows.finish(), of_columns.finish()
 
 
@@ -160,15 +154,14 @@ def pair_gradients(
     with torch.autocast(rows_BD.device.type, enabled=False):
         pairs = _Pairs(rows_BD, columns_GD, row_ids_B, column_ids_G, log_scale, mask)
         grad_BD, grad_GD = pairs.new_gradients()
-        for columns in pairs.column_parts():
-            for rows in pairs.row_parts():
-                logits = pairs.masked_logits(rows, columns)
-                same = pairs.same(rows, columns) if row_coefficients_CB.shape[0] > 1 else None
-                g = _softmax_derivative(logits, row_lse_B[rows], row_coefficients_CB[:, rows], same, dim=1)
-                by_columns = _softmax_derivative(
-                    logits, column_lse_G[columns], column_coefficients_CG[:, columns], same, dim=0
-                )
-                pairs.add_gradients(rows, columns, g.add_(by_columns), grad_BD, grad_GD)
+        for rows, columns in pairs.tiles():
+            logits = pairs.masked_logits(rows, columns)
+            same = pairs.same(rows, columns) if row_coefficients_CB.shape[0] > 1 else None
+            g = _softmax_derivative(logits, row_lse_B[rows], row_coefficients_CB[:, rows], same, dim=1)
+            by_columns = _softmax_derivative(
+                logits, column_lse_G[columns], column_coefficients_CG[:, columns], same, dim=0
+            )
+            pairs.add_gradients(rows, columns, g.add_(by_columns), grad_BD, grad_GD)
         return grad_BD, grad_GD
 
 
@@ -201,12 +194,11 @@ def siglip_loss(
     with torch.autocast(rows_BD.device.type, enabled=False):
         pairs = _Pairs(rows_BD, columns_GD, row_ids_B, column_ids_G, log_scale, MASKS.index("none"))
         loss_B = rows_BD.new_zeros(rows_BD.shape[0], dtype=torch.float64)
-        for columns in pairs.column_parts():
-            for rows in pairs.row_parts():
-                loss = F.softplus(_signed(pairs, rows, columns, bias), threshold=40.0)
-                if not pairs.all_counted:
-                    loss.masked_fill_(pairs.left_out(rows, columns), 0.0)
-                loss_B[rows] += loss.sum(dim=1, dtype=torch.float64)
+        for rows, columns in pairs.tiles():
+            loss = F.softplus(_signed(pairs, rows, columns, bias), threshold=40.0)
+            if not pairs.all_counted:
+                loss.masked_fill_(pairs.left_out(rows, columns), 0.0)
+            loss_B[rows] += loss.sum(dim=1, dtype=torch.float64)
         return loss_B
 
 
@@ -224,14 +216,13 @@ def siglip_gradients(
         pairs = _Pairs(rows_BD, columns_GD, row_ids_B, column_ids_G, log_scale, MASKS.index("none"))
         grad_BD, grad_GD = pairs.new_gradients()
         grad_bias = rows_BD.new_zeros((), dtype=torch.float64)
-        for columns in pairs.column_parts():
-            for rows in pairs.row_parts():
-                g = _signed(pairs, rows, columns, bias).sigmoid_()
-                g.mul_(torch.where(pairs.same(rows, columns), -1.0, 1.0)).mul_(weight_B[rows, None].to(g.dtype))
-                if not pairs.all_counted:
-                    g.masked_fill_(pairs.left_out(rows, columns), 0.0)
-                grad_bias += g.sum(dtype=torch.float64)
-                pairs.add_gradients(rows, columns, g, grad_BD, grad_GD)
+        for rows, columns in pairs.tiles():
+            g = _signed(pairs, rows, columns, bias).sigmoid_()
+            g.mul_(torch.where(pairs.same(rows, columns), -1.0, 1.0)).mul_(weight_B[rows, None].to(g.dtype))
+            if not pairs.all_counted:
+                g.masked_fill_(pairs.left_out(rows, columns), 0.0)
+            grad_bias += g.sum(dtype=torch.float64)
+            pairs.add_gradients(rows, columns, g, grad_BD, grad_GD)
         return grad_BD, grad_GD, grad_bias
 
 

@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _COMMANDS[args.command](args)
         return 0
 
-    return exit_code(command, "; run the same command again")
+    return exit_code(command, "; run the same command again", last=argv is None)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_work_prepares_and_takes_turns(tmp_path: Path) -> None:
     work = Work(CELL, "naive/identity", CPU)
     found = work.prepare(str(tmp_path / "a.pt"))
     assert found["answered"] and found["extra_bytes"] > 3 * 4 * CELL.b * CELL.k
-    answer = load_answer(torch.load(tmp_path / "a.pt"))
+    answer = load_answer(torch.load(tmp_path / "a.pt", weights_only=True))
     true = reference_answers(make_inputs(CELL, CPU))["identity"]
     assert max(filter(None, answer.errors(true))) < 1e-5
     times = work.turn(repeats=3, warm_up=True)["times"]
@@ -61,16 +61,19 @@ def test_work_prepares_and_takes_turns(tmp_path: Path) -> None:
 
 
 def test_the_roof_has_no_answer(tmp_path: Path) -> None:
-    work = Work(CELL, "two_gemms/none", CPU)
+    # 16 MB of products: of a quarter megabyte the process may hold a page already.
+    cell = Cell("moco_nce", 64, 65536, 64, "float32")
+    work = Work(cell, "two_gemms/none", CPU)
     found = work.prepare(str(tmp_path / "a.pt"))
-    assert not found["answered"] and not (tmp_path / "a.pt").exists() and found["extra_bytes"] >= 4 * CELL.b * CELL.k
+    assert not found["answered"] and not (tmp_path / "a.pt").exists()
+    assert found["extra_bytes"] >= 0.99 * 4 * cell.b * cell.k
     [(forward, total)] = work.turn(repeats=1, warm_up=False)["times"]
     assert 0 < forward <= total
 
 
 def test_reference(tmp_path: Path) -> None:
     assert Reference(CELL, CPU).prepare(str(tmp_path / "a.pt")) == {"problems": ["identity", "none", "target"]}
-    saved = torch.load(tmp_path / "a.pt")
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
     true = reference_answers(make_inputs(CELL, CPU))
     assert load_answer(saved["none"]).errors(true["none"]) == (0.0, 0.0, 0.0)
 
@@ -106,7 +109,8 @@ def test_process(tmp_path: Path) -> None:
         found = worker.ask(do="prepare", answer=str(worker.answer))
         assert found["answered"] and found["extra_bytes"] > 0
         Work(CELL, "chunked/identity", CPU).prepare(str(tmp_path / "here.pt"))
-        there, here = (load_answer(torch.load(path)) for path in (worker.answer, tmp_path / "here.pt"))
+        answers = (worker.answer, tmp_path / "here.pt")
+        there, here = (load_answer(torch.load(path, weights_only=True)) for path in answers)
         assert max(filter(None, there.errors(here)), default=0.0) < 1e-6
         with pytest.raises(WorkerError, match=r"TypeError: .*unexpected keyword"):
             worker.ask(do="turn", wrong=1)

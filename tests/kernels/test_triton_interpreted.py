@@ -36,4 +36,4 @@ def test_equals_float64(report: dict[str, dict], name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_property(report: dict[str, dict], name: str) -> None:
-    assert report["properties"].get(name) is None
+    assert report["properties"][name] is None
