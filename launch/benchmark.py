@@ -1,12 +1,12 @@
-"""Measures a part of the system: `python launch/benchmark.py data|kernel|queue --json OUT ...`."""
+"""Measures a part of the system: `python launch/benchmark.py data|kernel|queue|classifier --json OUT ...`."""
 
 import argparse
 import sys
 
-from reid_dist.benchmarks import data, kernel, queue
+from reid_dist.benchmarks import classifier, data, kernel, queue
 from reid_dist.errors import UserError
 
-BENCHMARKS = {"data": data, "kernel": kernel, "queue": queue}
+BENCHMARKS = {"data": data, "kernel": kernel, "queue": queue, "classifier": classifier}
 
 
 def main(argv: list[str] | None = None) -> int:

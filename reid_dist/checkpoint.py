@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reid_dist.config import ModelConfig, RunConfig, StageConfig
@@ -18,13 +18,20 @@ from reid_dist.files import content_sha256, flush, replace_folder
 from reid_dist.models.weights import EXPORT_FILE, MANIFEST_FILE
 
 FORMAT_VERSION = 1
+HANDOVER_FILE = "handover.safetensors"
 _PREFIX = "encoder."
+# Of the model's settings: files whose content an export holds.
+_WORDS = {"dictionary": True, "rows": True}
+_NOT_NEEDED: Any = {"weights": True, "visual_weights": True, "vocabulary": True, "word_gru": _WORDS}
+# What saves memory, and where words lie, whose content is hashed.
+_KEPT_APART: Any = {"gradient_checkpointing": True, "vocabulary": True, "word_gru": _WORDS}
 
 
 def fingerprint(config: RunConfig, stage: StageConfig, previous: str, data: Sequence[str] = ()) -> str:
     """Hash of everything that decides a stage's weights.
 
-    Where the data lie, how they are read and how memory is saved do not enter; what they hold does, through `data`.
+    Where the data lie, how they are read, how memory is saved and what is watched do not enter; what the data hold
+    does, through `data`.
 
     Args:
         config: the run's.
@@ -34,13 +41,14 @@ def fingerprint(config: RunConfig, stage: StageConfig, previous: str, data: Sequ
     """
     # `identities` is only for plans made without the data.
     reading = {"root", "workers", "cache", "identities"}
-    keeping = {"queue_sharded", "queue_check_every"}
+    watching = {"queue_sharded": True, "queue_check_every": True, "conflict_every": True}
     parts = {
-        "model": config.model.model_dump(mode="json", exclude={"gradient_checkpointing", "vocabulary"}),
+        "model": config.model.model_dump(mode="json", exclude=_KEPT_APART),
         "seed": config.seed,
         "steps": config.stage_steps(stage),
         "stage": stage.model_dump(
-            mode="json", exclude={"steps": True, "evaluation": True, "data": reading, "loss": keeping}
+            mode="json",
+            exclude={"steps": True, "evaluation": True, "data": reading, "loss": {**watching, "text": watching}},
         ),
         "previous": previous,
         "data": list(data),
@@ -49,7 +57,12 @@ def fingerprint(config: RunConfig, stage: StageConfig, previous: str, data: Sequ
 
 
 def save_export(
-    folder: Path, full_state: dict[str, Tensor], model: ModelConfig, words: list[str] | None, record: dict[str, Any]
+    folder: Path,
+    full_state: dict[str, Tensor],
+    model: ModelConfig,
+    words: list[str] | None,
+    record: dict[str, Any],
+    handover: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes the encoder of a finished stage; the heads of the stage stay behind.
 
@@ -61,6 +74,7 @@ def save_export(
         model: how to build the encoder again.
         words: the word list of its tokenizer; None for the architecture's own.
         record: what else the manifest should say (stage, steps, fingerprint, trainable parameters ...).
+        handover: what the next stage needs beside the encoder.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -70,7 +84,8 @@ def save_export(
     manifest = {
         "format_version": FORMAT_VERSION,
         "sha256": file_sha256(partial / EXPORT_FILE),
-        "model": model.model_dump(mode="json", exclude={"weights", "vocabulary"}),
+        "handover_sha256": _save_handover(partial / HANDOVER_FILE, handover or {}),
+        "model": model.model_dump(mode="json", exclude=_NOT_NEEDED),
         "words": words,
         "decoder": decoder_name(),
         "versions": {name: _version(name) for name in ("torch", "deepspeed", "open_clip_torch")},
@@ -80,6 +95,29 @@ def save_export(
     for file in partial.iterdir():
         flush(file)
     replace_folder(partial, folder)
+
+
+def _save_handover(path: Path, handover: dict[str, Tensor]) -> str | None:
+    if not handover:
+        return None
+    save_file({name: tensor.cpu().contiguous() for name, tensor in handover.items()}, path)
+    return file_sha256(path)
+
+
+def read_handover(folder: Path) -> dict[str, Tensor]:
+    """What a stage left for the next one beside its encoder; empty for most.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    manifest = read_export(folder)
+    expected = None if manifest is None else manifest.get("handover_sha256")
+    if expected is None:
+        return {}
+    path = folder / HANDOVER_FILE
+    if file_sha256(path) != expected:
+        raise UserError(f"{path}: does not match its hash; remove {folder} to train the stage again")
+    return load_file(path)
 
 
 def read_export(folder: Path, verify: bool = False) -> dict[str, Any] | None:

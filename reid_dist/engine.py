@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid_dist.config import EngineConfig, OptimizerConfig
 from reid_dist.distributed import local_device, rank, world_size
@@ -19,6 +20,8 @@ from reid_dist.recipe_file import merge
 from reid_dist.stages import Batch, Stage, StageOutput
 
 _LOGIT_SCALE = "encoder.logit_scale"
+# Elements. DeepSpeed's default of 5e8 takes up to 4 GB on every rank, whatever the model's size.
+_REDUCE_BUCKET = 50_000_000
 T = TypeVar("T")
 
 
@@ -58,7 +61,7 @@ def deepspeed_config(config: EngineConfig, micro_batch_size: int) -> dict[str, A
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": _REDUCE_BUCKET},
         # torch's AdamW and SGD are elementwise, so sharding their state changes nothing.
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -79,11 +82,15 @@ class Engine:
         config: engine settings.
         optimizer: optimizer settings.
         micro_batch_size: samples per rank and accumulation step.
+
+    Raises:
+        UserError: nothing trains, or the precision does not run here.
     """
 
     def __init__(self, stage: Stage, config: EngineConfig, optimizer: OptimizerConfig, micro_batch_size: int) -> None:
         import deepspeed
 
+        _check_precision(stage, config)
         self.stage = stage
         self.config = config
         self._gradient_norm: Tensor | None = None
@@ -221,6 +228,15 @@ class Engine:
     def close(self) -> None:
         """Lets go of the engine's hooks and buffers, so that the next stage can build its own."""
         self._engine.destroy()
+
+
+def _check_precision(stage: Stage, config: EngineConfig) -> None:
+    """DeepSpeed casts parameters and leaves buffers as they are, which torch's BatchNorm refuses on CPUs."""
+    if config.precision != "pure_bf16" or local_device().type != "cpu":
+        return
+    for name, module in stage.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise UserError(f"engine.precision: pure_bf16 does not run {name}, a BatchNorm, on a CPU; set bf16 or fp32")
 
 
 def _copies_of_what_bf16_rounds(stage: Stage, config: EngineConfig) -> dict[str, Tensor]:

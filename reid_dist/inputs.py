@@ -9,7 +9,17 @@ from pathlib import Path
 import torch
 
 from reid_dist.checkpoint import file_sha256, fingerprint
-from reid_dist.config import I2IStageConfig, ModelConfig, RunConfig, StageConfig
+from reid_dist.config import (
+    I2IStageConfig,
+    ModelConfig,
+    PretrainLoss,
+    PretrainStageConfig,
+    PromptStageConfig,
+    RunConfig,
+    StageConfig,
+    T2IStageConfig,
+    TextLoss,
+)
 from reid_dist.data.cache import ImageCache
 from reid_dist.data.contamination import find_contamination
 from reid_dist.data.exclude import NOTHING, Exclusions, read_exclusions
@@ -19,12 +29,15 @@ from reid_dist.data.sampler import local_batch_size
 from reid_dist.data.stream.loader import StreamLoader, StreamSampling
 from reid_dist.data.stream.samples import StreamSamples
 from reid_dist.data.stream.source import StreamSource
-from reid_dist.data.tokenizer import Tokenizer, WordTokenizer, build_tokenizer
+from reid_dist.data.tokenizer import Tokenizer, WordTokenizer, build_tokenizer, read_vocabulary
 from reid_dist.data.training_samples import TrainingSamples
 from reid_dist.data.transforms import Augment
 from reid_dist.errors import UserError
 from reid_dist.evaluation.benchmark import require_rows
-from reid_dist.models.dual_encoder import DualEncoder, build_dual_encoder, read_architecture
+from reid_dist.models.architecture import build_dual_encoder, read_architecture
+from reid_dist.models.dictionary import read_dictionary
+from reid_dist.models.dual_encoder import DualEncoder, TextShape
+from reid_dist.models.first_weights import TIMM
 from reid_dist.models.weights import EXPORT_FILE, OPEN_CLIP_TAG
 
 
@@ -64,13 +77,14 @@ def open_inputs(config: RunConfig, world_size: int) -> Inputs:
     exclusions = {path: read_exclusions(path) for path in sorted(lists)}
     model = config.model
     shape = build_encoder(model, seed=None).text_shape
-    tokenizer = build_tokenizer(model.vocabulary, model.architecture, shape.context_length, shape.vocab_size)
+    tokenizer = _tokenizer(model, shape)
     inputs = Inputs(shards, {}, tokenizer, exclusions)
     for stage in config.stages:
         if stage.data.reader == "stream":
             excluded = inputs.excluded(stage)
             inputs.streams[stage.name] = [StreamSource(each, excluded) for each in training_locations(stage)]
     local_weights(config.model)
+    local_visual_weights(config.model)
     for index, stage in enumerate(config.stages):
         if config.stage_steps(stage):
             train_loader(config, index, inputs, 0, world_size)
@@ -78,6 +92,18 @@ def open_inputs(config: RunConfig, world_size: int) -> Inputs:
             require_rows(inputs.shards[stage.data.location(name)], stage.evaluation.split)
     _refuse_overlap(config, inputs)
     return inputs
+
+
+def _tokenizer(model: ModelConfig, shape: TextShape) -> Tokenizer:
+    """The architecture's, or a word list's; words alone for a tower of words and a GRU, where a dictionary has them."""
+    if model.word_gru is None:
+        return build_tokenizer(model.vocabulary, model.architecture, shape.context_length, shape.vocab_size)
+    if model.word_gru.dictionary is not None:
+        words = read_dictionary(model.word_gru.dictionary).words
+    else:
+        assert model.vocabulary is not None  # the configuration wants one of them
+        words = read_vocabulary(model.vocabulary)
+    return WordTokenizer(words, shape.context_length, shape.vocab_size, framed=False)
 
 
 def _refuse_overlap(config: RunConfig, inputs: Inputs) -> None:
@@ -108,10 +134,25 @@ def local_weights(model: ModelConfig) -> Path | None:
     """
     if model.weights is None or model.weights.startswith(OPEN_CLIP_TAG):
         return None
-    path = Path(model.weights)
+    return _existing("model.weights", model.weights)
+
+
+def local_visual_weights(model: ModelConfig) -> Path | None:
+    """The file of the image tower's first weights; None for those of `local_weights`, or timm's.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if model.visual_weights is None or model.visual_weights.startswith(TIMM):
+        return None
+    return _existing("model.visual_weights", model.visual_weights)
+
+
+def _existing(key: str, weights: str) -> Path:
+    path = Path(weights)
     path = path / EXPORT_FILE if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"model.weights: {path} does not exist")
+        raise UserError(f"{key}: {path} does not exist")
     return path
 
 
@@ -143,11 +184,10 @@ def check_batch(stage: StageConfig, world_size: int) -> int:
 
 def build_encoder(model: ModelConfig, seed: int | None) -> DualEncoder:
     """The encoder with random weights by seed, or (None) only its shape, on no device."""
-    arguments = (model.architecture, model.image_size, model.patch_stride, model.image_mean, model.image_std)
     if seed is not None:
         torch.manual_seed(seed)
     with torch.device("meta") if seed is None else contextlib.nullcontext():
-        encoder = build_dual_encoder(*arguments)
+        encoder = build_dual_encoder(model)
     encoder.set_grad_checkpointing(model.gradient_checkpointing)
     return encoder
 
@@ -158,6 +198,11 @@ def stage_fingerprints(config: RunConfig, inputs: Inputs) -> list[str]:
     weights = local_weights(config.model)
     if weights is not None:
         model.append(file_sha256(weights))
+    visual_weights = local_visual_weights(config.model)
+    if visual_weights is not None:
+        model += ["visual", file_sha256(visual_weights)]
+    if config.model.word_gru is not None and config.model.word_gru.dictionary is not None:
+        model += ["dictionary", read_dictionary(config.model.word_gru.dictionary).digest()]
     found: list[str] = []
     for stage in config.stages:
         if stage.data.reader == "stream":
@@ -181,9 +226,8 @@ def train_loader(
             not fit.
     """
     stage = config.stages[index]
-    data = stage.data
-    with_text = not isinstance(stage, I2IStageConfig) or stage.loss.text_weight > 0
-    tokenizer = inputs.tokenizer if with_text else None
+    data, text = stage.data, caption_losses(stage)
+    tokenizer = None if text is None else inputs.tokenizer
     size, augment = config.model.image_size, Augment(**data.augment.model_dump())
     accumulation, seed = stage.engine.gradient_accumulation_steps, stage_seed(config, index)
     reading = (rank, world_size, data.workers, pin_memory and data.workers > 0, data.max_bad_fraction)
@@ -197,18 +241,39 @@ def train_loader(
             tuple(data.weights),
         )
         return StreamLoader(StreamSamples(inputs.streams[stage.name], size, tokenizer, augment), streamed, *reading)
+    masked = text if isinstance(text, TextLoss) and text.mlm_weight > 0 else None
     samples = TrainingSamples(
         [inputs.shards[location] for location in training_locations(stage)],
         size,
         tokenizer,
         augment,
         inputs.cache if data.cache else None,
+        allow_uncaptioned=isinstance(stage, I2IStageConfig),
         exclude=inputs.excluded(stage),
+        mask_probability=0.0 if masked is None else masked.mask_probability,
+        mask_form="words" if masked is None else masked.mask,
+        items=data.items,
     )
     sampling = Sampling(
-        data.global_batch_size, data.sampler, data.images_per_identity, accumulation, seed, tuple(data.weights)
+        data.global_batch_size,
+        data.sampler,
+        data.images_per_identity,
+        accumulation,
+        seed,
+        tuple(data.weights),
+        data.mixing,
+        config.stage_steps(stage),
     )
     return TrainLoader(samples, sampling, *reading)
+
+
+def caption_losses(stage: StageConfig) -> TextLoss | PretrainLoss | None:
+    """The losses of a stage that see captions; None for a stage that reads images alone."""
+    if isinstance(stage, I2IStageConfig):
+        return stage.loss.text if stage.loss.text_weight > 0 else None
+    if isinstance(stage, PretrainStageConfig | PromptStageConfig | T2IStageConfig):
+        return stage.loss
+    return None  # identity prompts: sentences of its own
 
 
 def stage_seed(config: RunConfig, index: int) -> int:

@@ -44,17 +44,17 @@ class StageLog:
         self._bar = tqdm(total=total_steps, desc=name, unit="step", disable=rank() != 0 or not terminal)
         self._plain = not terminal
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
         self._since = time.perf_counter()
         self._waited = 0.0
         self.history: list[dict[str, float]] = []
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Adds the values of one micro-batch, without waiting for the device."""
+        """Adds the values of one micro-batch, without waiting for the device; all ranks add the same names."""
         for key, value in metrics.items():
             value = value.detach().double().mean()
             self._sums[key] = self._sums[key] + value if key in self._sums else value
-        self._count += 1
+            self._counts[key] = self._counts.get(key, 0) + 1
 
     def step_done(
         self,
@@ -76,7 +76,7 @@ class StageLog:
         if done % self.log_every and done != self.total_steps:
             return
         keys = sorted(self._sums)
-        sums = torch.stack([self._sums[key] for key in keys]) / self._count
+        sums = torch.stack([self._sums[key] / self._counts[key] for key in keys])
         *means, bad = mean_over_ranks(torch.cat([sums, sums.new_tensor([bad_samples])])).tolist()
         values = dict(zip(keys, means, strict=True))
         elapsed = time.perf_counter() - self._since
@@ -89,7 +89,7 @@ class StageLog:
             "bad_samples": round(bad * world_size()),
             "memory_gib": _memory_gib(),
         }
-        self._sums, self._count = {}, 0
+        self._sums, self._counts = {}, {}
         self._since, self._waited = time.perf_counter(), wait_seconds
         if not math.isfinite(values["loss"]):
             raise UserError(

@@ -11,8 +11,10 @@ from reid_dist.config import EngineConfig, RunConfig, StageConfig
 from reid_dist.data.sample import MANIFEST_NAME, Manifest
 from reid_dist.distributed import environment_world_size
 from reid_dist.inputs import check_batch
-from reid_dist.models.dual_encoder import build_dual_encoder
-from reid_dist.stages import Stage, build_stage
+from reid_dist.models.architecture import build_dual_encoder
+from reid_dist.stages import Batch, Stage, Surroundings, build_stage
+from reid_dist.stages.identity_prompt import IDENTITY_TEXT
+from reid_dist.step_memory import pass_bytes, peak_bytes
 
 GIB = 2**30
 UNKNOWN_IDENTITIES = 1000
@@ -23,7 +25,8 @@ class StagePlan:
     """One stage in numbers.
 
     `state_bytes` are weights, gradients, masters and optimizer state of one GPU; `key_bytes` its queue and momentum
-    encoders; `activation_bytes` what a forward of its micro-batch keeps for the backward.
+    encoders; `activation_bytes` what a forward of its micro-batch keeps for the backward. These do not peak together:
+    `peak_bytes` is the most at any moment of a step, with what DeepSpeed and the optimizer make and let go in it.
     """
 
     name: str
@@ -35,6 +38,7 @@ class StagePlan:
     state_bytes: float
     key_bytes: float
     activation_bytes: float
+    peak_bytes: float
 
 
 def describe(config: RunConfig) -> str:
@@ -52,11 +56,10 @@ def describe(config: RunConfig) -> str:
         f" {'state GiB':>10} {'queue, momentum GiB':>20} {'activations GiB':>16} {'per GPU GiB':>12}",
     ]
     for row in rows:
-        total = row.state_bytes + row.key_bytes + row.activation_bytes
         lines.append(
             f"{row.name:<12} {row.steps:>9,} {row.steps * row.global_batch_size:>13,} {row.global_batch_size:>7}"
             f" {row.micro_batch_size:>9} {row.trainable:>12,} {row.frozen:>12,} {row.state_bytes / GIB:>10.2f}"
-            f" {row.key_bytes / GIB:>20.2f} {row.activation_bytes / GIB:>16.2f} {total / GIB:>12.2f}"
+            f" {row.key_bytes / GIB:>20.2f} {row.activation_bytes / GIB:>16.2f} {row.peak_bytes / GIB:>12.2f}"
         )
     lines.append("not counted: CUDA's own memory (about 0.5-1 GiB), workspaces, fragmentation and evaluation")
     return "\n".join(lines)
@@ -67,15 +70,21 @@ def plan_stage(config: RunConfig, stage: StageConfig, world_size: int) -> StageP
     rows = check_batch(stage, world_size)
     model = config.model
     with torch.device("meta"):  # some of timm's constructors look at values, which fake tensors refuse
-        encoder = build_dual_encoder(model.architecture, model.image_size, model.patch_stride)
+        encoder = build_dual_encoder(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         encoder.to_empty(device="cpu")
         encoder.set_grad_checkpointing(model.gradient_checkpointing)
-        module = build_stage(stage, encoder, stage.data.identities or _count_identities(stage), rows).train()
+        identities = stage.data.identities or _count_identities(stage)
+        handed = {IDENTITY_TEXT: torch.zeros(identities, encoder.features)}
+        run = Surroundings(rows, precision=stage.engine.precision, identities=identities, handed=handed)
+        module = build_stage(stage, encoder, run).train()
         key_bytes = module.bytes_beside(world_size)
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in module.parameters()) - trainable
-        activations = _activation_bytes(module, rows, model.image_size, stage.engine.precision != "fp32")
+        batch = _batch(module, rows, model.image_size)
+        bf16, adam = stage.engine.precision != "fp32", stage.optimizer.name != "sgd"
+        activations = _activation_bytes(module, batch, bf16)
+        passes = pass_bytes(module, batch, bf16)
     return StagePlan(
         stage.name,
         config.stage_steps(stage),
@@ -83,9 +92,10 @@ def plan_stage(config: RunConfig, stage: StageConfig, world_size: int) -> StageP
         rows,
         trainable,
         frozen,
-        state_bytes(trainable, frozen, stage.engine, world_size, stage.optimizer.name == "adamw"),
+        state_bytes(trainable, frozen, stage.engine, world_size, adam),
         key_bytes,
         activations,
+        key_bytes + peak_bytes(trainable, frozen, passes, stage.engine, world_size, stage.optimizer.name),
     )
 
 
@@ -106,7 +116,19 @@ def state_bytes(trainable: int, frozen: int, engine: EngineConfig, world_size: i
     return trainable * sum(per_trainable) + frozen * weight / (world_size if zero >= 3 else 1)
 
 
-def _activation_bytes(stage: Stage, rows: int, image_size: tuple[int, int], bf16: bool) -> float:
+def _batch(stage: Stage, rows: int, image_size: tuple[int, int]) -> Batch:
+    length = stage.encoder.text_shape.context_length
+    return {
+        "image_BCHW": torch.zeros(rows, 3, *image_size, dtype=torch.uint8),
+        "token_BL": torch.zeros(rows, length, dtype=torch.int64),
+        "masked_token_BL": torch.zeros(rows, length, dtype=torch.int64),
+        "masked_label_BL": torch.zeros(rows, length, dtype=torch.int64),
+        "pid_B": torch.zeros(rows, dtype=torch.int64),
+        "sample_id_B": torch.zeros(rows, dtype=torch.int64),
+    }
+
+
+def _activation_bytes(stage: Stage, batch: Batch, bf16: bool) -> float:
     """Bytes that autograd saves in one forward: distinct storages that are not parameters."""
     seen: dict[int, int] = {}
     parameters = {p.untyped_storage()._cdata for p in stage.parameters()}
@@ -119,13 +141,6 @@ def _activation_bytes(stage: Stage, rows: int, image_size: tuple[int, int], bf16
         return tensor
 
     held: list[Tensor] = []  # storages must stay alive, or their addresses would be used again
-    length = stage.encoder.text_shape.context_length
-    batch = {
-        "image_BCHW": torch.zeros(rows, 3, *image_size, dtype=torch.uint8),
-        "token_BL": torch.zeros(rows, length, dtype=torch.int64),
-        "pid_B": torch.zeros(rows, dtype=torch.int64),
-        "sample_id_B": torch.zeros(rows, dtype=torch.int64),
-    }
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),

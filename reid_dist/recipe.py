@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from reid_dist import distributed
-from reid_dist.checkpoint import read_export, save_export, write_json, write_text
+from reid_dist.checkpoint import read_export, read_handover, save_export, write_json, write_text
 from reid_dist.config import ModelConfig, RunConfig
 from reid_dist.data.loader import TrainLoader
 from reid_dist.data.stream.loader import StreamLoader
@@ -16,10 +16,11 @@ from reid_dist.errors import UserError
 from reid_dist.inputs import Inputs, build_encoder, open_inputs, stage_fingerprints, stage_seed, train_loader
 from reid_dist.metrics import StageLog, say
 from reid_dist.models.dual_encoder import DualEncoder
+from reid_dist.models.first_weights import load_first_weights
 from reid_dist.models.weights import load_weights
 from reid_dist.recipe_file import dump_config
 from reid_dist.scoring import START, evaluate, is_scored, record_scores
-from reid_dist.stages import build_stage
+from reid_dist.stages import Surroundings, build_stage
 from reid_dist.trainer import train
 
 
@@ -38,7 +39,7 @@ def run(config: RunConfig) -> None:
         write_text(config.output_dir / "config.yaml", dump_config(config))
     # Rank 0's view counts: on a network file system the others may not see its files yet.
     completed = distributed.broadcast_object(completed)
-    weights = config.model.weights
+    weights: str | None = None  # the first
     _evaluate_start(config, inputs, device)
     for index, stage in enumerate(config.stages):
         folder = config.output_dir / stage.name
@@ -86,9 +87,9 @@ def _run_stage(
         record: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "steps": config.stage_steps(stage)}
         record["fingerprint"] = own
         record |= _train(config, index, encoder, inputs, device, folder)
-        full_state = record.pop("full_state")
+        full_state, handover = record.pop("full_state"), record.pop("handover", {})
         if distributed.rank() == 0:
-            save_export(export, full_state, config.model, inputs.words or None, record)
+            save_export(export, full_state, config.model, inputs.words or None, record, handover)
         distributed.barrier()
     # Scored as whoever loads it later will see it: a fresh encoder with the weights of the file.
     encoder = build_encoder(config.model, config.seed)
@@ -117,7 +118,17 @@ def _train(
     # Heads are drawn from a seed of their own stage, whatever was drawn before.
     seed = stage_seed(config, index)
     torch.manual_seed(seed)
-    stage = build_stage(stage_config, encoder, loader.num_identities, loader.local_batch_size, device, seed)
+    previous = config.output_dir / config.stages[index - 1].name / "export" if index else None
+    surroundings = Surroundings(
+        loader.local_batch_size,
+        device,
+        stage_config.engine.precision,
+        seed,
+        loader.num_identities,
+        inputs.tokenizer,
+        read_handover(previous) if previous is not None else {},
+    )
+    stage = build_stage(stage_config, encoder, surroundings)
     engine = Engine(stage, stage_config.engine, stage_config.optimizer, loader.local_batch_size)
     say(
         f"{stage_config.name}: {steps} steps of {stage_config.data.global_batch_size} samples {_source_of(loader)}"
@@ -138,11 +149,12 @@ def _train(
             print(f"rank {distributed.rank()}: replaced: {message}", flush=True)
     trainable = sorted(name for name, p in stage.named_parameters() if p.requires_grad)
     frozen = sorted(name for name, p in stage.named_parameters() if not p.requires_grad)
-    full_state = engine.full_parameters()
+    full_state, handover = engine.full_parameters(), stage.handover()
     engine.close()
     if distributed.rank() == 0:
         write_json(folder / "training.json", log.history)
-    return {"full_state": full_state, "trainable": trainable, "frozen": frozen, "identities": loader.num_identities}
+    found = {"trainable": trainable, "frozen": frozen, "identities": loader.num_identities}
+    return {"full_state": full_state, "handover": handover, **found}
 
 
 def _source_of(loader: TrainLoader | StreamLoader) -> str:
@@ -153,9 +165,13 @@ def _source_of(loader: TrainLoader | StreamLoader) -> str:
 
 
 def _load(encoder: DualEncoder, weights: str | None, model: ModelConfig) -> None:
-    if weights is not None:
-        report = load_weights(encoder, weights, model.architecture, model.image_size, model.position_interpolation)
-        say(f"weights {weights}: {report.summary()}")
+    """Loads an export, or what the run begins with (None)."""
+    if weights is None:
+        for line in load_first_weights(encoder, model):
+            say(line)
+        return
+    report = load_weights(encoder, weights, model.architecture, model.image_size, model.position_interpolation)
+    say(f"weights {weights}: {report.summary()}")
 
 
 def _evaluate_start(config: RunConfig, inputs: Inputs, device: torch.device) -> None:
@@ -168,7 +184,7 @@ def _evaluate_start(config: RunConfig, inputs: Inputs, device: torch.device) -> 
     if distributed.broadcast_object(trained and is_scored(config.output_dir, START, first)):
         return
     encoder = build_encoder(config.model, config.seed)
-    _load(encoder, config.model.weights, config.model)
+    _load(encoder, None, config.model)
     began = time.perf_counter()
     scores = evaluate(encoder, first, inputs, device, config.model.image_size)
     record_scores(config, START, first.evaluation.split, scores, time.perf_counter() - began)

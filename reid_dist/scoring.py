@@ -10,12 +10,13 @@ from reid_dist import distributed
 from reid_dist.checkpoint import write_json
 from reid_dist.config import RunConfig, StageConfig
 from reid_dist.errors import UserError
-from reid_dist.evaluation.benchmark import evaluate_benchmark
+from reid_dist.evaluation.benchmark import Reranking, evaluate_benchmark
 from reid_dist.inputs import Inputs
 from reid_dist.metrics import say, write_scalars
-from reid_dist.models.dual_encoder import DualEncoder
+from reid_dist.models.dual_encoder import DualEncoder, Task
 
 START = "start"  # the scores of the weights that the first stage gets
+RERANKED = "t2i_reranked"
 METRICS = ("R1", "R5", "R10", "mAP", "mINP")
 Scores = dict[str, dict[str, Any]]
 
@@ -23,22 +24,35 @@ Scores = dict[str, dict[str, Any]]
 def evaluate(
     encoder: DualEncoder, stage: StageConfig, inputs: Inputs, device: torch.device, size: tuple[int, int]
 ) -> Scores:
-    """Metrics of every benchmark by task: {"t2i": {set: metrics}, "i2i": {set: metrics}}."""
+    """Metrics of every benchmark, with the features of its task: {"t2i": {set: metrics}, "i2i": {set: metrics}}.
+
+    With `evaluation.rerank` also {"t2i_reranked": {set: metrics}}.
+    """
     encoder.to(device)
     cache = inputs.cache if stage.data.cache else None
+    wanted = stage.evaluation.rerank
+    reranking = None if wanted is None else Reranking(wanted.neighbours, wanted.weight)
     scores: Scores = {"t2i": {}, "i2i": {}}
-    for task, names in (("t2i", stage.evaluation.t2i), ("i2i", stage.evaluation.i2i)):
+    if reranking is not None:
+        scores[RERANKED] = {}
+    tasks: dict[Task, list[str]] = {"t2i": stage.evaluation.t2i, "i2i": stage.evaluation.i2i}
+    for task, names in tasks.items():
+        of_task = encoder.for_task(task)
         for name in names:
             shards = inputs.shards[stage.data.location(name)]
             tokenizer = inputs.tokenizer if task == "t2i" else None
+            batch_size, split = stage.evaluation.batch_size, stage.evaluation.split
             pair = evaluate_benchmark(
-                encoder, shards, tokenizer, size, stage.evaluation.batch_size, device, stage.evaluation.split, cache
+                of_task, shards, tokenizer, size, batch_size, device, split, cache, reranking if task == "t2i" else None
             )
             if pair[task] is None:
                 raise UserError(
                     f"evaluation.{task}: {shards.shown} has nothing for this task in split {stage.evaluation.split}"
                 )
             scores[task][name] = pair[task]
+            reranked = pair.get(RERANKED)
+            if reranking is not None and reranked is not None:
+                scores[RERANKED][name] = {**reranked, **reranking._asdict()}
     return scores
 
 
@@ -46,8 +60,9 @@ def record_scores(config: RunConfig, name: str, split: str, scores: Scores, seco
     """Says, plots and writes the scores of a stage (or of `START`). Every rank calls it."""
     for task, sets in scores.items():
         for shard_set, metrics in sets.items():
+            how = f" ({metrics['neighbours']} neighbours, weight {metrics['weight']})" if task == RERANKED else ""
             say(
-                f"{name}: {task} on {shard_set}: R1 {metrics['R1']:.1f}, R5 {metrics['R5']:.1f},"
+                f"{name}: {task}{how} on {shard_set}: R1 {metrics['R1']:.1f}, R5 {metrics['R5']:.1f},"
                 f" R10 {metrics['R10']:.1f}, mAP {metrics['mAP']:.1f}, mINP {metrics['mINP']:.1f}"
             )
             step = 0 if name == START else 1 + [stage.name for stage in config.stages].index(name)
@@ -69,7 +84,11 @@ def is_scored(output_dir: Path, name: str, stage: StageConfig) -> bool:
     except UserError:
         return False
     wanted = {"t2i": stage.evaluation.t2i, "i2i": stage.evaluation.i2i}
-    return scores.get("split") == stage.evaluation.split and all(set(wanted[t]) <= set(scores[t]) for t in wanted)
+    if scores.get("split") != stage.evaluation.split or any(set(wanted[t]) - set(scores[t]) for t in wanted):
+        return False
+    parameters = {} if stage.evaluation.rerank is None else stage.evaluation.rerank.model_dump()
+    reranked = scores.get(RERANKED, {})
+    return not parameters or all(parameters.items() <= reranked.get(name, {}).items() for name in wanted["t2i"])
 
 
 def read_scores(output_dir: Path, name: str) -> dict[str, Any]:

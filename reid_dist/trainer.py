@@ -12,8 +12,10 @@ from reid_dist.engine import Engine
 from reid_dist.metrics import StageLog
 from reid_dist.optim import lr_factor
 from reid_dist.stages import Batch
-from reid_dist.stages.base import State
 from reid_dist.stages.cached_gradients import first_pass, joint_gradients, surrogate
+from reid_dist.stages.contract import State
+
+INPUTS = ("image_BCHW", "token_BL", "masked_token_BL")  # of a batch: what encoders take, and losses do not need
 
 
 class Loader(Protocol):
@@ -38,7 +40,9 @@ def train(
     stage.start(engine.exact_parameters)
     run_step = cached_step if engine.config.cached_gradients else accumulated_step
     for step, micro_batches in enumerate(loader.steps(0, total_steps)):
-        engine.set_learning_rate(lr_factor(optimizer, step, total_steps))
+        factor = lr_factor(optimizer, step, total_steps)
+        engine.set_learning_rate(factor)
+        stage.set_learning_rate(factor)
         states, updated = run_step(engine, stage.prepare(micro_batches), device, log)
         stage.after_step(states, updated, engine.exact_parameters)
         log.step_done(step, engine.learning_rate, engine.gradient_norm, loader.wait_seconds, loader.bad_samples.count)
@@ -72,7 +76,7 @@ def cached_step(
     """
     stage, updated = engine.stage, False
     passes = [engine.run(partial(first_pass, stage), _on(device, batch)) for batch in micro_batches]
-    known = [_on(device, {name: x for name, x in batch.items() if x.dim() == 1}) for batch in micro_batches]
+    known = [_on(device, {name: x for name, x in batch.items() if name not in INPUTS}) for batch in micro_batches]
     cached = engine.run(lambda _: joint_gradients(stage, known, passes), {})
     for index, (batch, first) in enumerate(zip(micro_batches, passes, strict=True)):
         replay = partial(surrogate, stage, first=first, cached=cached, index=index)

@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Several ranks share the cores, and a process that never started OpenMP's threads can be forked safely.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A run divides the cores by it, in the ranks that tests fork too: one thread each.
+os.environ.setdefault("LOCAL_WORLD_SIZE", str(os.cpu_count()))
 
 import io
 import multiprocessing
@@ -22,11 +24,16 @@ from reid_dist import distributed
 from reid_dist.config import RunConfig
 from reid_dist.engine import prepare_environment
 from reid_dist.recipe_file import load_config
+from tests.recipe_text import RECIPE
 
 ROOT = Path(__file__).parents[1]
 
 prepare_environment()
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Autograd counts the devices at a process's first backward; one that counted a GPU must not be forked any more.
+    # Fake tensors pretend that there is one from their first use on: counted before it, there is none.
+    torch.ones((), requires_grad=True).backward()
 
 
 def _rank_main(
@@ -71,7 +78,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
             kind, value = receiver.recv()
             if kind == "error":
                 raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
-            results.append(torch.load(io.BytesIO(value), weights_only=False))
+            results.append(torch.load(io.BytesIO(value), weights_only=True))
     finally:
         for process, _ in ranks:
             process.join(timeout=5)
@@ -128,6 +135,14 @@ def tiny_recipe(tiny_world: Path) -> Callable[..., RunConfig]:
         return load_config(ROOT / "configs" / "quickstart.yaml", [*changes, *overrides])
 
     return make
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A file of `recipe_text.RECIPE`, three stages."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
 
 
 @pytest.fixture(scope="session", name="run_ranks")

@@ -11,7 +11,8 @@ from reid_dist import checkpoint
 from reid_dist.checkpoint import fingerprint, read_export, save_export, write_json
 from reid_dist.config import ModelConfig, RunConfig
 from reid_dist.errors import UserError
-from reid_dist.models.dual_encoder import DualEncoder, build_dual_encoder
+from reid_dist.models.architecture import build_dual_encoder
+from reid_dist.models.dual_encoder import DualEncoder
 from reid_dist.models.weights import load_weights
 
 SIZE = (64, 32)
@@ -28,7 +29,7 @@ def architecture(tmp_path: Path) -> str:
 
 def make_encoder(architecture: str, seed: int) -> DualEncoder:
     torch.manual_seed(seed)
-    return build_dual_encoder(architecture, SIZE)
+    return build_dual_encoder(ModelConfig(architecture=architecture, image_size=SIZE))
 
 
 def full_state(encoder: DualEncoder) -> dict[str, Tensor]:

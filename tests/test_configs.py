@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reid_dist.models.dual_encoder import build_dual_encoder
+from reid_dist.config import ModelConfig
+from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.recipe_file import dump_config, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -59,14 +60,14 @@ def test_a_recipe_is_complete_in_itself(path: Path) -> None:
     if config.model.architecture.endswith(".json"):
         assert Path(config.model.architecture).is_file()
     with torch.device("meta"):
-        build_dual_encoder(config.model.architecture, config.model.image_size, config.model.patch_stride)
+        build_dual_encoder(config.model)
 
 
 @pytest.mark.parametrize("path", ARCHITECTURES, ids=relative)
 @pytest.mark.parametrize("size", [(64, 32), (256, 128)])
 def test_an_architecture_builds_and_runs_without_a_device(path: Path, size: tuple[int, int]) -> None:
     with torch.device("meta"):
-        encoder = build_dual_encoder(str(path), size)
+        encoder = build_dual_encoder(ModelConfig(architecture=str(path), image_size=size))
         image = torch.zeros(2, 3, *size, dtype=torch.uint8)
         token = torch.zeros(2, encoder.text_shape.context_length, dtype=torch.int64)
         output = encoder(image, token)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from reid_dist.config import EngineConfig, OptimizerConfig, T2ILoss
+from reid_dist.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainLoss, TextLoss
 from reid_dist.engine import Engine, deepspeed_config
-from reid_dist.models.dual_encoder import build_dual_encoder
+from reid_dist.errors import UserError
+from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.stages.base import Stage
 from reid_dist.stages.pretrain import PretrainStage
 from reid_dist.stages.t2i import T2IStage
@@ -22,8 +23,8 @@ MODES += [(zero, "pure_bf16") for zero in (1, 2, 3)]
 
 def make_stage(freeze: tuple[str, ...] = ()) -> Stage:
     torch.manual_seed(0)
-    encoder = build_dual_encoder(ARCHITECTURE, (64, 32))
-    return T2IStage(encoder, T2ILoss(), freeze) if freeze else PretrainStage(encoder)
+    encoder = build_dual_encoder(ModelConfig(architecture=ARCHITECTURE, image_size=(64, 32)))
+    return T2IStage(encoder, TextLoss(), freeze) if freeze else PretrainStage(encoder, PretrainLoss())
 
 
 def make_batch(rows: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -41,7 +42,7 @@ def test_a_raw_key_leaves_its_neighbours_alone() -> None:
     """Replacing the whole of `zero_optimization` would switch ZeRO off in silence."""
     raw = {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True}
     found = deepspeed_config(EngineConfig(zero_stage=2, deepspeed=raw), micro_batch_size=4)
-    assert found["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert found["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 50_000_000}
     assert (found["wall_clock_breakdown"], found["train_micro_batch_size_per_gpu"]) == (True, 4)
 
 
@@ -158,30 +159,53 @@ def test_weights_are_exact_between_a_forward_and_its_step(run_ranks) -> None:
     assert run_ranks(2, weights_that_a_forward_changes_under_any_threshold) == [[], []]
 
 
-def exact_parameters() -> None:
+WANTED = ["counter", "encoder.logit_scale", "encoder.visual.stem.weight"]
+
+
+def exact_parameters() -> dict[str, object]:
     stage = make_stage().train()
     stage.register_buffer("counter", torch.arange(3))
     stage.register_buffer("scratch", torch.zeros(1), persistent=False)
     engine = Engine(stage, EngineConfig(zero_stage=2, precision="bf16"), ADAMW, 8)
-    named = {**dict(stage.named_parameters()), "counter": stage.counter}
-    pairs = list(engine.exact_parameters())
-    assert [name for name, _ in pairs] == list(named)
-    for name, tensor in pairs:
-        assert tensor.data_ptr() == named[name].data_ptr() and not tensor.requires_grad, "whole already: no copy"
-        assert tensor.dtype == (torch.int64 if name == "counter" else torch.float32)
-    wanted = ["counter", "encoder.logit_scale", "encoder.visual.stem.weight"]
-    assert {name for name, _ in engine.exact_parameters(iter(wanted))} == set(wanted)
-    with pytest.raises(ValueError, match=r"has no encoder\.visual\.sten, scratch"):
-        next(engine.exact_parameters([*wanted, "scratch", "encoder.visual.sten"]))
-    copies = engine.full_parameters(wanted)
-    assert set(copies) == set(wanted)
+    own = {**dict(stage.named_parameters()), "counter": stage.counter}
+    found = dict(engine.exact_parameters())
+    copies = engine.full_parameters(WANTED)
     copies["counter"] += 1
-    assert stage.counter.equal(torch.arange(3))
+    try:
+        refusal = str(next(engine.exact_parameters([*WANTED, "scratch", "encoder.visual.sten"])))
+    except ValueError as error:
+        refusal = str(error)
     engine.close()
+    return {
+        "names": list(found),
+        "own names": list(own),
+        "copied": [name for name, tensor in found.items() if tensor.data_ptr() != own[name].data_ptr()],
+        "with gradient": [name for name, tensor in found.items() if tensor.requires_grad],
+        "dtypes": {name: tensor.dtype for name, tensor in found.items() if tensor.dtype != torch.float32},
+        "asked for": [name for name, _ in engine.exact_parameters(iter(WANTED))],
+        "full": list(copies),
+        "counter": stage.counter.tolist(),
+        "refusal": refusal,
+    }
 
 
 def test_exact_parameters_are_the_weights_themselves_where_they_are_whole(run_ranks) -> None:
-    run_ranks(1, exact_parameters)
+    [found] = run_ranks(1, exact_parameters)
+    assert found["names"] == found["own names"] and len(found["names"]) > 10
+    assert found["copied"] == found["with gradient"] == []
+    assert found["dtypes"] == {"counter": torch.int64}
+    assert set(found["asked for"]) == set(found["full"]) == set(WANTED)
+    assert found["counter"] == [0, 1, 2], "what is given out whole is a copy"
+    assert "has no encoder.visual.sten, scratch" in found["refusal"]
+
+
+def test_pure_bf16_with_a_batch_norm_is_refused_on_a_cpu(monkeypatch) -> None:
+    """torch would stop in the first forward: weights in bf16, statistics in fp32."""
+    stage = make_stage()
+    stage.encoder.visual.norm = torch.nn.BatchNorm2d(3)
+    monkeypatch.setattr("reid_dist.engine.local_device", lambda: torch.device("cpu"))
+    with pytest.raises(UserError, match=r"engine\.precision: pure_bf16 .*encoder\.visual\.norm.* set bf16 or fp32"):
+        Engine(stage, EngineConfig(zero_stage=1, precision="pure_bf16"), ADAMW, 8)
 
 
 def norm_and_step(limit: float) -> tuple[float, float]:

@@ -20,6 +20,8 @@ FLOORS = {
     "reid_dist.data.sample": 1,
     "reid_dist.data": 2,
     "reid_dist.models": 2,
+    "reid_dist.models.word_gru": 3,
+    "reid_dist.models.word_sources": 3,
     "reid_dist.losses": 2,
     "reid_dist.optim": 2,
     "reid_dist.evaluation.ranking": 2,
@@ -37,10 +39,11 @@ FLOORS = {
     "reid_dist.inputs": 5,
     "reid_dist.scoring": 6,
     "reid_dist.recipe": 7,
+    "reid_dist.step_memory": 5,
     "reid_dist.plan": 7,
     "reid_dist.supervisor": 7,
     "reid_dist.benchmarks": 8,
-    "reid_dist.claims": 8,
+    "reid_dist.claims": 9,  # says what it was measured on as the benchmarks do
 }
 # External packages that only these files may import.
 RESERVED = {
@@ -165,8 +168,9 @@ def test_shards_imports_only_the_contract_of_the_data(path: Path) -> None:
 @pytest.mark.parametrize("path", python_files("reid_dist"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_package_imports_neither_launchers_nor_tests(path: Path) -> None:
     foreign = {name for _, name in imports_of(path) if name.split(".")[0] in ("launch", "tests", "shards")}
-    # The quickstart builds its world and its shards.
-    allowed = {"shards"} if module_name(path).startswith("reid_dist.benchmarks") else set()
+    # The quickstart and the claims build their worlds and shards.
+    builds = module_name(path).startswith(("reid_dist.benchmarks", "reid_dist.claims"))
+    allowed = {"shards"} if builds else set()
     assert {name.split(".")[0] for name in foreign} <= allowed
 
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from reid_dist.config import OptimizerConfig
-from reid_dist.optim import build_optimizer, lr_factor, parameter_groups, set_learning_rate
-from reid_dist.stages.base import TrainableGroup
+from reid_dist.config import OptimizerConfig, OptimizerRule
+from reid_dist.optim import TrainableGroup, build_optimizer, lr_factor, parameter_groups, set_learning_rate
 
 CONFIG = OptimizerConfig(lr=0.1, weight_decay=0.02, new_lr_multiplier=5, bias_lr_multiplier=2)
 
@@ -55,6 +54,42 @@ def test_learning_rate_and_decay_follow_from_what_a_parameter_is(name: str, lr: 
     assert by_name()[name] == (pytest.approx(lr), weight_decay)
 
 
+IRRA = OptimizerConfig(
+    name="adam",
+    lr=0.1,
+    weight_decay=0.02,
+    rules=[
+        OptimizerRule(contains=["cross"], lr=5),
+        OptimizerRule(contains=["bias"], lr=2, weight_decay=0),
+        OptimizerRule(contains=["classifier", "mlm_head"], lr=5),
+    ],
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "weight_decay"),
+    [
+        ("visual.conv1.weight", 1, 0.02),
+        ("visual.ln_pre.weight", 1, 0.02),  # norms decay too
+        ("visual.class_embedding", 1, 0.02),
+        ("text.attn.in_proj_bias", 2, 0),
+        ("cross_attn.in_proj_weight", 5, 0.02),
+        ("cross_attn.in_proj_bias", 2, 0),  # the later rule replaces: neither 5 nor 10
+        ("ln_post.weight", 1, 0.02),
+        ("ln_post.bias", 2, 0),
+        ("classifier.weight", 5, 0.02),
+        ("classifier.bias", 5, 0),  # the last rule says nothing of decay
+        ("mlm_head.fc.bias", 5, 0),
+    ],
+)
+@pytest.mark.parametrize("new", [False, True])
+def test_rules_replace_each_other_in_order(name: str, lr: float, weight_decay: float, new: bool) -> None:
+    """Expected by hand from IRRA's code (methods.md A5)."""
+    (group,) = parameter_groups([TrainableGroup(new, {name: nn.Parameter(torch.ones(3))})], IRRA)
+    assert group["lr"] == group["base_lr"] == pytest.approx(0.1 * lr)
+    assert group["weight_decay"] == weight_decay
+
+
 def test_every_parameter_is_in_one_group_beside_its_name() -> None:
     trainable = make_trainable()
     groups = parameter_groups(trainable, CONFIG)
@@ -86,6 +121,26 @@ def test_optimizers_get_their_settings() -> None:
     assert isinstance(sgd, torch.optim.SGD)
     assert all(group["momentum"] == 0.7 for group in sgd.param_groups)
     assert {group["weight_decay"] for group in sgd.param_groups} == {0.0, 0.02}
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_weight_decay_of_adam_is_part_of_the_gradient_and_of_adamw_is_not(name: str) -> None:
+    """Two steps by hand (Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2)."""
+    lr, decay, (beta_1, beta_2), eps = 0.1, 0.3, (0.9, 0.999), 1e-3
+    config = OptimizerConfig(name=name, lr=lr, weight_decay=decay, betas=(beta_1, beta_2), eps=eps)  # type: ignore[arg-type]
+    weight = nn.Parameter(torch.tensor([[2.0]], dtype=torch.float64))
+    optimizer = build_optimizer(parameter_groups([TrainableGroup(False, {"a.weight": weight})], config), config)
+    expected, first, second = 2.0, 0.0, 0.0
+    for step, slope in enumerate((0.5, -1.5), start=1):
+        weight.grad = torch.tensor([[slope]], dtype=torch.float64)
+        optimizer.step()
+        gradient = slope + (decay * expected if name == "adam" else 0.0)
+        expected -= lr * decay * expected if name == "adamw" else 0.0
+        first = beta_1 * first + (1 - beta_1) * gradient
+        second = beta_2 * second + (1 - beta_2) * gradient**2
+        mean, spread = first / (1 - beta_1**step), (second / (1 - beta_2**step)) ** 0.5
+        expected -= lr * mean / (spread + eps)
+        assert float(weight.detach()) == pytest.approx(expected, rel=1e-12)
 
 
 def test_setting_the_learning_rate_keeps_the_ratios_between_groups() -> None:
@@ -141,3 +196,27 @@ def test_without_warmup_the_first_step_is_whole(name: str) -> None:
 def test_a_run_shorter_than_its_warmup_only_warms_up() -> None:
     config = OptimizerConfig(warmup_steps=10, warmup_start=0.0)
     assert [lr_factor(config, step, 5) for step in range(5)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_an_epoch_s_schedule_is_irra_s() -> None:
+    """A5: 60 epochs, 5 of warm-up from 0.1, cosine to 0; constant inside an epoch. Here an epoch is of 7 steps."""
+    config = OptimizerConfig(schedule="cosine", warmup_steps=35, warmup_start=0.1, schedule_every=7)
+    for step in range(420):
+        epoch = step // 7
+        cosine = 0.5 * (1 + math.cos(math.pi * (epoch - 5) / 55))
+        assert lr_factor(config, step, 420) == pytest.approx(0.1 + 0.9 * epoch / 5 if epoch < 5 else cosine), step
+    assert lr_factor(config, 35, 420) == 1.0 and lr_factor(config, 419, 420) > 1e-4
+
+
+def test_an_epoch_s_schedule_is_textreid_s() -> None:
+    """3.6: 80 epochs, x 0.1 from epochs 40 and 70, factor 0.1 + 0.9 e / 5 in epochs 0..4."""
+    config = OptimizerConfig(
+        schedule="multistep", warmup_steps=15, warmup_start=0.1, milestones=[120, 210], gamma=0.1, schedule_every=3
+    )
+    expected = [0.1, 0.28, 0.46, 0.64, 0.82, *[1.0] * 35, *[0.1] * 30, *[0.01] * 10]
+    assert [lr_factor(config, step, 240) for step in range(240)] == pytest.approx([x for x in expected for _ in "abc"])
+
+
+def test_a_last_epoch_that_is_cut_short_counts_as_one() -> None:
+    config = OptimizerConfig(schedule="cosine", schedule_every=10)
+    assert [lr_factor(config, step, 31) for step in range(31)] == [lr_factor(config, step, 40) for step in range(31)]

@@ -7,10 +7,10 @@ import torch
 
 from reid_dist.config import EngineConfig
 from reid_dist.errors import UserError
-from reid_dist.models.dual_encoder import build_dual_encoder
+from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.plan import describe, plan_stage, state_bytes
 from reid_dist.recipe_file import load_config
-from reid_dist.stages import build_stage
+from reid_dist.stages import Surroundings, build_stage
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURE = ROOT / "configs" / "models" / "row_conv_tiny.json"
@@ -25,7 +25,7 @@ def quickstart(*overrides: str):
 def test_parameters_are_those_of_the_real_stage(index: int) -> None:
     config = quickstart()
     stage = config.stages[index]
-    module = build_stage(stage, build_dual_encoder(config.model.architecture, config.model.image_size), 30)
+    module = build_stage(stage, build_dual_encoder(config.model), Surroundings(16, identities=30))
     plan = plan_stage(config, stage, 1)
     assert plan.trainable == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert plan.frozen == sum(p.numel() for p in module.parameters() if not p.requires_grad)
@@ -34,7 +34,7 @@ def test_parameters_are_those_of_the_real_stage(index: int) -> None:
 def test_activations_are_what_a_real_forward_saves() -> None:
     config = quickstart("data.global_batch_size=16")
     stage = config.stages[0]
-    module = build_stage(stage, build_dual_encoder(config.model.architecture, config.model.image_size), 30).train()
+    module = build_stage(stage, build_dual_encoder(config.model), Surroundings(16, identities=30)).train()
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from reid_dist.config import EngineConfig, OptimizerConfig, T2ILoss
+from reid_dist.config import EngineConfig, ModelConfig, OptimizerConfig, TextLoss
 from reid_dist.data.bad_samples import BadSamples
 from reid_dist.engine import Engine
-from reid_dist.models.dual_encoder import build_dual_encoder
+from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.stages import Batch, T2IStage
-from reid_dist.stages.base import Placement, State, Weights
+from reid_dist.stages.contract import State, Surroundings, Weights
 from reid_dist.trainer import train
 
 ARCHITECTURE = str(Path(__file__).parents[1] / "configs" / "models" / "row_conv_tiny.json")
@@ -65,9 +65,9 @@ class RecordingStage(T2IStage):
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        encoder = build_dual_encoder(ARCHITECTURE, (64, 32))
-        loss = T2ILoss(positives="pair", queue_mask="batch", queue_size=30, momentum=0.5, queue_check_every=0)
-        super().__init__(encoder, loss, place=Placement(ROWS))
+        encoder = build_dual_encoder(ModelConfig(architecture=ARCHITECTURE, image_size=(64, 32)))
+        loss = TextLoss(positives="pair", queue_mask="batch", queue_size=30, momentum=0.5, queue_check_every=0)
+        super().__init__(encoder, loss, run=Surroundings(ROWS))
         self.calls: list[Any] = []
         self.beside: list[list[Tensor]] = []
 

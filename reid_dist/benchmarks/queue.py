@@ -9,10 +9,8 @@ products) runs meanwhile; on a CPU the ranks and gloo's threads share the cores,
 """
 
 import argparse
-import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 from tqdm import tqdm
 
 from reid_dist import distributed
@@ -33,6 +30,7 @@ from reid_dist.benchmarks.kernel_problem import DTYPES
 from reid_dist.benchmarks.kernel_worker import available_bytes
 from reid_dist.benchmarks.machine import describe_machine
 from reid_dist.benchmarks.plot import check_plot, plot_queue
+from reid_dist.benchmarks.ranks import measure_on_ranks
 from reid_dist.errors import UserError
 from reid_dist.evaluation.report import write_results
 from reid_dist.models.queue import FeatureQueue, PendingKeys
@@ -156,21 +154,6 @@ class _Step:
 _PARTS = ("gather", "commit", "encode", "hidden", "attend")
 
 
-def _rank_main(rank: int, case: Case, port: int, folder: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if torch.cuda.device_count() < case.ranks:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    torch.set_num_threads(case.threads)
-    distributed.initialize(distributed.local_device(), timeout_s=300)
-    try:
-        row = measure(case)
-        if rank == 0:
-            Path(folder, "row.json").write_text(json.dumps(row))
-    finally:
-        distributed.shutdown()
-
-
 def measure(case: Case) -> dict[str, Any]:
     """The row of a case; every rank of an initialised group calls it."""
     step = _Step(case)
@@ -205,25 +188,6 @@ def measure(case: Case) -> dict[str, Any]:
         "sent_bytes": (case.ranks - 1) * case.rows * row_bytes,
         "storage_bytes": step.queue.nbytes,
     }
-
-
-def measure_ranks(case: Case) -> dict[str, Any]:
-    """Starts the ranks of a case and returns its row.
-
-    Raises:
-        UserError: a rank failed, with its last line.
-    """
-    with tempfile.TemporaryDirectory(prefix="reid_dist-benchmark-") as folder:
-        arguments = (case, distributed.free_port(), folder)
-        # A fork needs no imports, but a process that CUDA was used in cannot be forked.
-        method = "spawn" if torch.cuda.is_available() else "fork"
-        try:
-            start_processes(_rank_main, arguments, nprocs=case.ranks, start_method=method)  # type: ignore[no-untyped-call]
-        except (ProcessExitedException, ProcessRaisedException) as error:
-            last = str(error).strip().splitlines()[-1]
-            raise UserError(f"queue benchmark on {case.ranks} ranks failed: {last}") from error
-        row: dict[str, Any] = json.loads(Path(folder, "row.json").read_text())
-        return row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -307,7 +271,10 @@ def run(options: argparse.Namespace) -> None:
     if options.plot:
         check_plot(options.plot)
     machine = describe_machine()  # its load before ours
-    found = [measure_ranks(case) for case in tqdm(cases, desc="benchmark: layouts", disable=None)]
+    found = [
+        measure_on_ranks("queue", case.ranks, case.threads, measure, case)
+        for case in tqdm(cases, desc="benchmark: layouts", disable=None)
+    ]
     expected = model()
     settings = {name: value for name, value in asdict(cases[0]).items() if name not in ("ranks", "sharded", "threads")}
     write_results(options.json, {"rows": found, "model": expected, "settings": settings, "machine": machine})

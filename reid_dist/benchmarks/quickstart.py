@@ -154,11 +154,12 @@ def _contact_sheet(config: RunConfig, run: Path) -> None:
     encoder = build_encoder(config.model, config.seed)
     load_weights(encoder, str(run / stage.name / "export"), config.model.architecture, size)
     rows = []
-    for task, names in ((t2i_task, stage.evaluation.t2i), (i2i_task, stage.evaluation.i2i)):
+    t2i, i2i = (encoder.for_task("t2i"), t2i_task), (encoder.for_task("i2i"), i2i_task)
+    for (of_task, task), names in ((t2i, stage.evaluation.t2i), (i2i, stage.evaluation.i2i)):
         for name in names:
             shards = inputs.shards[stage.data.location(name)]
             tokenizer = inputs.tokenizer if task is t2i_task else None
-            features = extract_benchmark(encoder, shards, tokenizer, size, split=stage.evaluation.split)
+            features = extract_benchmark(of_task, shards, tokenizer, size, split=stage.evaluation.split)
             rows += ranked_rows(shards, features, task(features))
     contact_sheet(run / SHEET_FILE, f"{run.name}: after stage {stage.name}, identities never seen in training", rows)
 

@@ -17,11 +17,13 @@ from torch.utils.data import Dataset
 from reid_dist.data.bad_samples import BadSamples
 from reid_dist.data.batch_memory import BatchMemory
 from reid_dist.data.cache import ImageCache, Images, Size
+from reid_dist.data.captioned_rows import require_equal_rows
+from reid_dist.data.mixing import Mixing
 from reid_dist.data.reader import ShardSet
 from reid_dist.data.sampler import Plan, local_batch_size, micro_batches, occurrences
 from reid_dist.data.tokenizer import Tokenizer
-from reid_dist.data.training_samples import Batch, BatchTask, IntArray, TrainingSamples
-from reid_dist.data.units import Identities, Samples, Units
+from reid_dist.data.training_samples import Batch, BatchTask, TrainingSamples
+from reid_dist.data.units import Identities, IntArray, Samples, Units
 from reid_dist.data.worker_processes import PREFETCH, from_workers
 from reid_dist.errors import UserError
 
@@ -43,6 +45,9 @@ class Sampling:
         seed: of the order, the augmentations and the choice of captions.
         weights: share of each shard set in every step, each with epochs of its own; they need not sum to 1. Empty:
             all sets together are gone through once per epoch, so each has the share of its size.
+        mixing: how several sets share the steps, see `mixing.build_schedule`. Anything but "mixed" gives each set
+            epochs of its own, and without weights the share of its size.
+        steps: optimizer steps of the whole run; only "sequential" needs them.
     """
 
     global_batch_size: int
@@ -51,6 +56,8 @@ class Sampling:
     accumulation: int = 1
     seed: int = 0
     weights: tuple[float, ...] = ()
+    mixing: Mixing = "mixed"
+    steps: int = 0
 
     @property
     def group(self) -> int:
@@ -123,8 +130,8 @@ class TrainLoader:
         max_bad_fraction: share of the samples of this rank that may be bad, see `BadSamples`.
 
     Raises:
-        UserError: the global batch cannot be shared, the weights do not fit the sets, or there are too few identities
-            for a batch.
+        UserError: the global batch cannot be shared, the weights do not fit the sets, there are too few identities
+            for a batch, or captions in other numbers on other ranks.
     """
 
     def __init__(
@@ -151,16 +158,31 @@ class TrainLoader:
         )
         self.wait_seconds = 0.0
         self.bad_samples = BadSamples(max_bad_fraction)
+        if samples.partly_captioned and sampling.mixing == "mixed":
+            captioned = samples.captioned_S.tolist()
+            require_equal_rows(
+                captioned,
+                sampling.weights,
+                sampling.global_batch_size,
+                world_size,
+                sampling.accumulation,
+                sampling.group,
+            )
+        units = _units(samples, sampling)
         self._plan = Plan(
-            _units(samples, sampling),
+            units,
             sampling.global_batch_size,
             sampling.seed,
-            sampling.weights,
-            spares=max_bad_fraction > 0,
+            sampling.weights or [len(each) for each in units],
+            max_bad_fraction > 0,
+            sampling.mixing,
+            sampling.steps,
+            # Captioned or not, whether captions are read or not: with and without text supervision the order is one.
+            samples.captioned_S.tolist() if sampling.weights else (),
         )
 
     def passes(self, step: int) -> list[float]:
-        """Epochs that the steps before `step` make: of each set where they are weighted, otherwise of all together."""
+        """Epochs that the steps before `step` make: of each set where they have epochs of their own."""
         return self._plan.passes(step)
 
     def step_rows(self, step: int) -> IntArray:
@@ -220,16 +242,19 @@ class TrainLoader:
 
 
 def _units(samples: TrainingSamples, sampling: Sampling) -> list[Units]:
-    """What the plan orders: all sets as one, or each by itself where they are weighted."""
-    counts = samples.counts if sampling.weights else [len(samples)]
-    if sampling.weights:
-        if len(sampling.weights) != len(counts) or not all(w > 0 and math.isfinite(w) for w in sampling.weights):
-            raise UserError(
-                f"data.weights: {list(sampling.weights)} for {len(counts)} shard sets; give one number above 0 for each"
-            )
-        for shards, count in zip(samples.shards, counts, strict=True):
-            if not count:
-                raise UserError(f"data.weights: {shards.shown} has no training samples; leave the set out")
+    """What the plan orders: all sets as one, or each by itself where they have weights or turns."""
+    apart = bool(sampling.weights) or sampling.mixing != "mixed"
+    counts = samples.counts if apart else [len(samples)]
+    if sampling.weights and (
+        len(sampling.weights) != len(counts) or not all(w > 0 and math.isfinite(w) for w in sampling.weights)
+    ):
+        raise UserError(
+            f"data.weights: {list(sampling.weights)} for {len(counts)} shard sets; give one number above 0 for each"
+        )
+    for shards, count in zip(samples.shards, counts, strict=False):
+        if apart and not count:
+            key = "weights" if sampling.weights else "mixing"
+            raise UserError(f"data.{key}: {shards.shown} has no training samples; leave the set out")
     units: list[Units] = []
     for stop, count in zip(itertools.accumulate(counts), counts, strict=True):
         rows = slice(stop - count, stop)

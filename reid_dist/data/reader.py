@@ -309,6 +309,8 @@ def _index_problem(index: npt.NDArray[Any], manifest: Manifest) -> str:
     for field, names in (("split", SPLITS), ("role", ROLES)):
         if index[field].min() < 0 or index[field].max() >= len(names):
             return f"a row holds an unknown {field}"
+    if index["captions"].min() < 0 or (index["captions"] > index["json_size"]).any():
+        return "a row with more captions than its record can hold"
     return _range_problem(index, manifest)
 
 

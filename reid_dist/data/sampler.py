@@ -8,17 +8,16 @@ Steps take units from this stream one after the other, so nothing is dropped, an
 goes on with the beginning of the next. The units are samples, or identities with K images each.
 
 Legend: N units of a set, U units of a step, K samples of a unit, G = U * K global batch, W world size, A accumulation,
-B = G / (W * A) rows of one rank's micro-batch, R spare samples, S sets.
+B = G / (W * A) rows of one rank's micro-batch, R spare samples.
 """
 
-import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
+from reid_dist.data.mixing import Mixing, Schedule, build_schedule
 from reid_dist.data.units import IntArray, RawArray, Units, places_in_runs
 from reid_dist.errors import UserError
 
@@ -26,8 +25,6 @@ from reid_dist.errors import UserError
 _PLAN_STREAM = 0x504C414E
 # Spare samples of each row, where a plan is asked for them: even if half of a set is bad, 16 in a row are rare.
 SPARES = 16
-# Products of unit counts and numerators stay below 2**63 for 10**12 units.
-_FINEST_SHARE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -46,68 +43,13 @@ class Step:
     spare_GR: IntArray
 
 
-class Mix:
-    """Which set each unit of the global order is from: the whole numbers nearest to the shares, spread evenly.
-
-    Set 0 is told from the rest by rounding its share of all units so far, set 1 from the rest of that rest, and so on:
-    exact in the long run, never further off than half a unit for each set, and known for any step without the steps
-    before it. Neighbouring units are of different sets, so micro-batches and ranks see the mix too.
-
-    Args:
-        weights: of each set, above 0; they need not sum to 1. Shares are taken as fractions with denominators of up
-            to a million.
-        units: U.
-    """
-
-    def __init__(self, weights: Sequence[float], units: int) -> None:
-        self._units = units
-        exact = [Fraction(str(weight)) for weight in weights]
-        shares = [weight / sum(exact[place:]) for place, weight in enumerate(exact)]
-        self._shares = [share.limit_denominator(_FINEST_SHARE) for share in shares[:-1]]
-
-    def counts(self, units: IntArray) -> list[IntArray]:
-        """How many of the first `units` units are from each set. Any shape; length: S."""
-        found, rest = [], units
-        for share in self._shares:
-            of_set = (2 * rest * share.numerator + share.denominator) // (2 * share.denominator)
-            found.append(of_set)
-            rest = rest - of_set
-        return [*found, rest]
-
-    def taken(self, number: int, step: int) -> int:
-        """How many units of a set the steps before `step` take."""
-        return int(self.counts(np.array([step * self._units]))[number][0])
-
-    def owners(self, step: int) -> IntArray:
-        """The set of each unit of a step. Shape: (U,)."""
-        unit = np.arange(step * self._units, (step + 1) * self._units + 1)
-        of_set: IntArray = np.argmax([np.diff(count) for count in self.counts(unit)], axis=0).astype(np.int64)
-        return of_set
-
-    def most(self) -> list[int]:
-        """The most units of each set that a step can take. Length: S."""
-        found, rest = [], Fraction(self._units)
-        for share in self._shares:
-            found.append(math.ceil(rest * share))
-            rest = Fraction(math.ceil(rest * (1 - share)))
-        return [*found, int(rest)]
-
-    def seam(self, number: int, position: int) -> tuple[int, int]:
-        """Where the step that takes a unit of a set begins and ends: units before it, and from it on."""
-        beyond = 1
-        while self.taken(number, beyond) <= position:
-            beyond *= 2
-        step = bisect.bisect_right(range(beyond), position, key=lambda each: self.taken(number, each))
-        return position - self.taken(number, step - 1), self.taken(number, step) - position
-
-
 class Passes:
     """The endless stream of a set's units, pass after pass.
 
     Args:
         units: the set.
         random: raw random numbers of a pass: (epoch, how many to skip, how many).
-        seam: of a pass's first unit, see `Mix.seam`.
+        seam: of a pass's first unit, see `mixing.Schedule`.
         most: the most units that a step takes of this set.
     """
 
@@ -201,9 +143,12 @@ class Plan:
         seed: not negative.
         weights: of each set; empty only for a single set.
         spares: whether to name spare samples, SPARES for each row.
+        mixing: see `mixing.build_schedule`.
+        steps: see `mixing.build_schedule`.
+        groups: see `mixing.build_schedule`.
 
     Raises:
-        UserError: a set is empty, or holds fewer identities than a step takes of it.
+        UserError: a set is empty, holds fewer identities than a step takes of it, or would get no step.
     """
 
     def __init__(
@@ -213,27 +158,30 @@ class Plan:
         seed: int,
         weights: Sequence[float] = (),
         spares: bool = False,
+        mixing: Mixing = "mixed",
+        steps: int = 0,
+        groups: Sequence[int] = (),
     ) -> None:
         self._images = sets[0].images
         self._units = global_batch_size // self._images
         self._spares = SPARES if spares else 0
-        self._mix = Mix(weights or [1.0], self._units)
-        self.most = self._mix.most()
+        self._schedule = build_schedule(mixing, weights or [1.0], self._units, steps, groups)
+        self.most = self._schedule.most()
         self._passes = [
-            Passes(units, _raw(seed, number), _seams(self._mix, number), most)
+            Passes(units, _raw(seed, number), _seams(self._schedule, number), most)
             for number, (units, most) in enumerate(zip(sets, self.most, strict=True))
         ]
         self._check()
 
     def step(self, step: int) -> Step:
         """The samples of a step, in the order in which ranks and micro-batches slice them."""
-        owner_U = self._mix.owners(step)
+        owner_U = self._schedule.owners(step)
         sample_UK = np.empty((self._units, self._images), dtype=np.int64)
         epoch_U = np.empty(self._units, dtype=np.int64)
         spare_UKR = np.empty((self._units, self._images, self._spares), dtype=np.int64)
         for number, passes in enumerate(self._passes):
             mine = owner_U == number
-            start, stop = self._mix.taken(number, step), self._mix.taken(number, step + 1)
+            start, stop = self._schedule.taken(number, step), self._schedule.taken(number, step + 1)
             sample_UK[mine], epoch_U[mine], spare_UKR[mine] = passes.take(start, stop, self._spares)
         return Step(
             sample_UK.reshape(-1), np.repeat(epoch_U, self._images), spare_UKR.reshape(sample_UK.size, self._spares)
@@ -241,7 +189,7 @@ class Plan:
 
     def passes(self, step: int) -> list[float]:
         """How often the steps before `step` go through each set."""
-        return [self._mix.taken(number, step) / len(each.units) for number, each in enumerate(self._passes)]
+        return [self._schedule.taken(number, step) / len(each.units) for number, each in enumerate(self._passes)]
 
     def _check(self) -> None:
         for number, (each, most) in enumerate(zip(self._passes, self.most, strict=True)):
@@ -334,5 +282,5 @@ def _raw(seed: int, number: int) -> Callable[[int, int, int], RawArray]:
     return random
 
 
-def _seams(mix: Mix, number: int) -> Callable[[int], tuple[int, int]]:
-    return lambda position: mix.seam(number, position)
+def _seams(schedule: Schedule, number: int) -> Callable[[int], tuple[int, int]]:
+    return lambda position: schedule.seam(number, position)

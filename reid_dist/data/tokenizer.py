@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ PAD, UNKNOWN, START, FIRST_WORD = 0, 1, 2, 3
 NO_LABEL = -100
 
 IntArray = npt.NDArray[np.int64]
+MaskForm = Literal["words", "tokens"]
 
 _WORD = re.compile(r"[a-z0-9]+")
 
@@ -65,17 +66,21 @@ class WordTokenizer:
     that open_clip's argmax pooling finds it. A sentence that is too long keeps its first words and the end token.
     The unknown word also is the mask: a word that is hidden and one that is not in the list look alike to the model.
 
+    Not framed, a sentence is its words alone, as TextReID's text tower reads it: 0 pad, 1 unknown word, 2... the words.
+
     Args:
         words: the vocabulary, without repetitions.
         context_length: L, at least 3.
         vocab_size: rows of the model's token embedding.
+        framed: a start token before the words and an end token behind them.
 
     Raises:
         UserError: the words do not fit into `vocab_size`.
     """
 
-    def __init__(self, words: Sequence[str], context_length: int, vocab_size: int) -> None:
-        needed = len(words) + FIRST_WORD + 1
+    def __init__(self, words: Sequence[str], context_length: int, vocab_size: int, framed: bool = True) -> None:
+        first = FIRST_WORD if framed else UNKNOWN + 1
+        needed = len(words) + first + framed
         if needed > vocab_size:
             raise UserError(
                 f"the vocabulary of {len(words)} words needs vocab_size >= {needed}, not {vocab_size}; "
@@ -88,16 +93,17 @@ class WordTokenizer:
         self.vocab_size = vocab_size
         self.end = vocab_size - 1
         self.mask_id = UNKNOWN
-        self.word_ids = (FIRST_WORD, FIRST_WORD + len(words))
-        self._ids = {word: FIRST_WORD + position for position, word in enumerate(words)}
+        self.word_ids = (first, first + len(words))
+        self._framed, self._room = framed, context_length - 2 * framed
+        self._ids = {word: first + position for position, word in enumerate(words)}
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Token ids, int64. Shape: (N, L)."""
         return torch.tensor([self._row(text) for text in texts], dtype=torch.int64).reshape(-1, self.context_length)
 
     def truncated_share(self, texts: Sequence[str]) -> float:
-        """Share of the sentences (0 to 1) with more than L - 2 words."""
-        long = sum(len(split_words(text)) > self.context_length - 2 for text in texts)
+        """Share of the sentences (0 to 1) with more words than there is room for: L - 2, or L where not framed."""
+        long = sum(len(split_words(text)) > self._room for text in texts)
         return long / max(1, len(texts))
 
     def word_numbers(self, token_L: IntArray) -> IntArray:
@@ -106,8 +112,9 @@ class WordTokenizer:
         return np.where(known_L, np.cumsum(known_L) - 1, -1)
 
     def _row(self, text: str) -> list[int]:
-        words = split_words(text)[: self.context_length - 2]
-        row = [START, *(self._ids.get(word, UNKNOWN) for word in words), self.end]
+        words = split_words(text)[: self._room]
+        row = [self._ids.get(word, UNKNOWN) for word in words]
+        row = [START, *row, self.end] if self._framed else row
         return row + [PAD] * (self.context_length - len(row))
 
 
@@ -172,19 +179,21 @@ class OpenClipTokenizer:
 
 
 def mask_words(
-    tokenizer: Tokenizer, token_L: IntArray, rng: np.random.Generator, share: float = 0.15
+    tokenizer: Tokenizer, token_L: IntArray, rng: np.random.Generator, share: float = 0.15, form: MaskForm = "words"
 ) -> tuple[IntArray, IntArray]:
-    """Hide whole words of a sentence, to be found again (IRRA, methods.md card A4, there by single tokens).
+    """Hide words of a sentence, to be found again (Jiang & Ye, CVPR 2023; methods.md card A4).
 
     Each word is chosen with probability `share`, and at least one is. Of the chosen, 80 % become the mask token, 10 %
     random tokens, 10 % stay; all tokens of a word share its fate. Start, end, padding and words that the tokenizer
-    does not know are never chosen.
+    does not know are never chosen. Form "tokens" is IRRA's code: each token goes by itself, in CLIP's tokenizer those
+    with 0 < id < 49405, and where none is chosen the sentence's first is, and becomes the mask.
 
     Args:
         tokenizer: made the tokens.
         token_L: not changed. Shape: (L,).
         rng: see `transforms.sample_rng`; the same number of draws is made for every sentence.
         share: of the words, 0 to 1.
+        form: what is hidden, whole words or single tokens.
 
     Returns:
         The tokens, and the labels: the old token where a word was chosen, NO_LABEL elsewhere (everywhere for a
@@ -195,19 +204,26 @@ def mask_words(
     """
     if tokenizer.mask_id < 0:
         raise UserError("this model's tokenizer has no mask token; give a vocabulary file or leave word masking off")
-    number_L = tokenizer.word_numbers(token_L)
-    draw_2L = rng.random((2, len(token_L)))
     low, high = tokenizer.word_ids
+    number_L = tokenizer.word_numbers(token_L)
+    if form == "tokens":
+        number_L = np.where((token_L >= low) & (token_L < high), np.arange(len(token_L)), -1)
+    draw_2L = rng.random((2, len(token_L)))
     wrong_L = rng.integers(low, max(high, low + 1), len(token_L))
     words, first = np.unique(number_L, return_index=True)
     words, first = words[words >= 0], first[words >= 0]
     masked_L, label_L = token_L.copy(), np.full_like(token_L, NO_LABEL)
     if not len(words):
         return masked_L, label_L
-    chosen_L = np.isin(number_L, words[draw_2L[0, first] < max(share, draw_2L[0, first].min() + 1e-12)])
+    # What becomes of a word is decided by the draws at its first token.
+    chosen, fate = draw_2L[0, first] < share, draw_2L[1, first]
+    if not chosen.any():
+        least = int(draw_2L[0, first].argmin()) if form == "words" else 0
+        chosen[least] = True
+        fate[least] = fate[least] if form == "words" else 0.0
+    word_L = np.searchsorted(words, np.maximum(number_L, words[0]))
+    chosen_L, fate_L = (number_L >= 0) & chosen[word_L], fate[word_L]
     label_L[chosen_L] = token_L[chosen_L]
-    # The fate of a word is the draw at its first token.
-    fate_L = draw_2L[1, first][np.searchsorted(words, np.maximum(number_L, words[0]))]
     masked_L[chosen_L & (fate_L < 0.8)] = tokenizer.mask_id
     random_L = chosen_L & (fate_L >= 0.8) & (fate_L < 0.9)
     masked_L[random_L] = wrong_L[random_L]

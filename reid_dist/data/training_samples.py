@@ -1,9 +1,8 @@
 """The training samples of one or several shard sets, and how a micro-batch is made of them.
 
-Legend: B rows of a micro-batch, N training samples, R spare samples, L tokens, C channels, H height, W width.
+Legend: B rows of a micro-batch, N training items, R spare ones, L tokens, C channels, H height, W width.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,14 +15,16 @@ from reid_dist.data.batch_memory import image_buffer
 from reid_dist.data.cache import ImageCache, Images, Size
 from reid_dist.data.exclude import NOTHING, Exclusions
 from reid_dist.data.reader import ShardSet
-from reid_dist.data.tokenizer import NO_LABEL, Tokenizer, mask_words
+from reid_dist.data.tokenizer import NO_LABEL, MaskForm, Tokenizer, mask_words
+from reid_dist.data.training_items import Items, TrainingItems
 from reid_dist.data.transforms import Augment, Pixels, sample_rng
+from reid_dist.data.units import IntArray
 from reid_dist.errors import UserError
 
 # image_BCHW uint8 (any strides), token_BL, pid_B, camid_B and sample_id_B int64; masked_token_BL and masked_label_BL
-# int64 where words are masked.
+# int64 where words are masked. Where captioned sets are mixed with others captioned_B (bool) tells the rows with a
+# caption, and token_BL and the masked ones hold these rows alone, in their order.
 Batch = dict[str, torch.Tensor]
-IntArray = npt.NDArray[np.int64]
 
 # Streams of a sample's random numbers: 2 * repetition for its augmentation, one more for its caption, and these for its
 # masked words. A spare adds a number of the sample that it stands for, so that two of them never look the same.
@@ -60,20 +61,17 @@ class _Arrays(NamedTuple):
     masked_token_BL: IntArray | None
     masked_label_BL: IntArray | None
 
+    def text(self) -> dict[str, IntArray]:
+        """Those of the captions, by their names in a batch."""
+        named = {name: getattr(self, name) for name in ("token_BL", "masked_token_BL", "masked_label_BL")}
+        return {name: value for name, value in named.items() if value is not None}
 
-class TrainingSamples:
-    """The training rows of several sets as one numbered list, and the making of batches from them.
 
-    Identities are numbered by their sorted pid strings over all sets, cameras of different sets are kept apart.
+class TrainingSamples(TrainingItems):
+    """The training items of several sets, and the making of batches from them.
 
     Attributes:
-        excluded: number of samples left out because of `exclude`.
-        identities: pid strings; `pid_N` points into them.
-        counts: number of samples of each set; they stand one set after the other.
-        set_N: which of the sets each sample is from. Shape: (N,).
-        row_N: its row there. Shape: (N,).
-        pid_N: its identity. Shape: (N,).
-        camid_N: its camera, -1 where unknown. Shape: (N,).
+        partly_captioned: captioned sets are mixed with others, see `Batch`.
 
     Args:
         shards: sets, in an order that belongs to the run.
@@ -81,9 +79,11 @@ class TrainingSamples:
         tokenizer: None leaves captions out: `token_BL` is then zeros with L = 1.
         augment: None leaves images as they are.
         cache: keeps decoded images and tokens.
-        allow_uncaptioned: with a tokenizer, samples without captions get a row of zeros instead of being refused.
-        exclude: identities and images that are left out; those of other sets do no harm.
+        allow_uncaptioned: with a tokenizer, sets without captions may stand beside others instead of being refused.
+        exclude: see `TrainingItems`.
         mask_probability: share of the words of a caption that are masked for the model to guess; 0 is none.
+        mask_form: see `tokenizer.mask_words`.
+        items: see `TrainingItems`.
 
     Raises:
         UserError: no training rows, missing captions, no mask token, or two sets that share pid strings.
@@ -99,6 +99,8 @@ class TrainingSamples:
         allow_uncaptioned: bool = False,
         exclude: Exclusions = NOTHING,
         mask_probability: float = 0.0,
+        mask_form: MaskForm = "words",
+        items: Items = "images",
     ) -> None:
         if augment is not None and augment.pad >= min(image_size):
             raise UserError(f"augmentation: pad {augment.pad} is not smaller than the image, {image_size}")
@@ -107,20 +109,18 @@ class TrainingSamples:
                 "masking of words: this stage has no captions, or its tokenizer no mask token; give a vocabulary file "
                 "or leave masking off"
             )
-        self.shards = list(shards)
+        super().__init__(shards, items, exclude)
         self.image_size = image_size
         self.tokenizer = tokenizer
         # An augmentation that changes nothing would still cost its random numbers, 8 µs an image.
         self.augment = None if augment == Augment(flip=0.0) else augment
         self.mask_probability = mask_probability
+        self.mask_form = mask_form
         self.images = [Images(each, image_size, cache) for each in self.shards]
         self._tokens: dict[int, npt.NDArray[np.int32]] | None = {} if cache is not None else None
-        self._number(self._training_rows(exclude))
-        if tokenizer is not None and not allow_uncaptioned:
-            self._require_captions()
-
-    def __len__(self) -> int:
-        return len(self.row_N)
+        if tokenizer is not None:
+            self.require_captions(allow_uncaptioned)
+        self.partly_captioned = tokenizer is not None and not bool(self.captioned_S.all())
 
     def batch(self, task: BatchTask, out_BHWC: Pixels | None = None, bad: list[str] | None = None) -> Batch:
         """Make one micro-batch.
@@ -152,15 +152,20 @@ class TrainingSamples:
                 sample_id_B[place] = self._replace(arrays, place, task, known, str(error))
         batch = {
             "image_BCHW": image_BHWC.permute(0, 3, 1, 2),
-            "token_BL": torch.from_numpy(arrays.token_BL),
             "pid_B": torch.from_numpy(self.pid_N[sample_id_B]),
             "camid_B": torch.from_numpy(self.camid_N[sample_id_B]),
             "sample_id_B": torch.from_numpy(sample_id_B),
         }
-        if arrays.masked_token_BL is not None and arrays.masked_label_BL is not None:
-            batch["masked_token_BL"] = torch.from_numpy(arrays.masked_token_BL)
-            batch["masked_label_BL"] = torch.from_numpy(arrays.masked_label_BL)
-        return batch
+        text = {name: torch.from_numpy(value) for name, value in arrays.text().items()}
+        if self.partly_captioned:
+            captioned_B = torch.from_numpy(self._captioned(sample_id_B))
+            text = {name: value[captioned_B] for name, value in text.items()} | {"captioned_B": captioned_B}
+        return batch | text
+
+    def _captioned(self, sample_id_B: IntArray) -> npt.NDArray[np.bool_]:
+        """Which items are of captioned sets."""
+        captioned_B: npt.NDArray[np.bool_] = self.captioned_S[self.set_N[sample_id_B]]
+        return captioned_B
 
     def _arrays(self, image_BHWC: Pixels) -> _Arrays:
         shape = len(image_BHWC), self.tokenizer.context_length if self.tokenizer is not None else 1
@@ -192,7 +197,7 @@ class TrainingSamples:
         arrays.token_BL[place] = token_L
         if arrays.masked_token_BL is not None and arrays.masked_label_BL is not None:
             rng = sample_rng(*key, stream + _MASK_STREAM)
-            masked = mask_words(self.tokenizer, arrays.token_BL[place], rng, self.mask_probability)
+            masked = mask_words(self.tokenizer, arrays.token_BL[place], rng, self.mask_probability, self.mask_form)
             arrays.masked_token_BL[place], arrays.masked_label_BL[place] = masked
 
     def _replace(self, arrays: _Arrays, place: int, task: BatchTask, known: set[int], reason: str) -> int:
@@ -207,8 +212,10 @@ class TrainingSamples:
         """
         epoch, spares = int(task.epoch_B[place]), task.spare_BR[place].tolist()
         stream = 2 * int(task.occurrence_B[place]) + (int(task.sample_id_B[place]) + 1) * _SPARE_STREAM
-        for spare in spares:
-            if spare in known:
+        # Never of the other kind: all ranks have the same number of captions.
+        alike = self._captioned(task.spare_BR[place]) == self._captioned(task.sample_id_B[place : place + 1])
+        for spare, fits in zip(spares, alike.tolist(), strict=True):
+            if spare in known or not (fits or self.tokenizer is None):
                 continue
             try:
                 self._fill(arrays, place, (task.seed, epoch, spare), stream)
@@ -218,12 +225,19 @@ class TrainingSamples:
         raise UserError(f"{reason}; {len(spares)} samples that could stand for it are bad as well")
 
     def captions(self, sample_id: int) -> list[str]:
-        """The captions of one sample."""
-        record = self.shards[int(self.set_N[sample_id])].sample(int(self.row_N[sample_id]))
-        return record.captions
+        """The captions of one item: all of its image, or the one that it is paired with.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        shards, row = self.shards[int(self.set_N[sample_id])], int(self.row_N[sample_id])
+        captions, number = shards.sample(row).captions, int(self.caption_N[sample_id])
+        if number >= len(captions):
+            raise UserError(f"{shards.describe(row)}: it has fewer captions than the index says; index the set again")
+        return captions if number < 0 else captions[number : number + 1]
 
     def _caption(self, key: tuple[int, int, int], stream: int) -> IntArray | None:
-        """Tokens of one caption of a sample, drawn where it has several; None where it has none. Shape: (L,)."""
+        """Tokens of one caption of an item, drawn where it has several; None where it has none. Shape: (L,)."""
         if self._tokens is None:
             captions = self.captions(key[2])
             return self._tokenize([captions[_choice(len(captions), key, stream)]])[0] if captions else None
@@ -238,58 +252,6 @@ class TrainingSamples:
         assert self.tokenizer is not None
         tokens: IntArray = self.tokenizer(captions).numpy() if captions else np.empty((0, 0), dtype=np.int64)
         return tokens
-
-    def _training_rows(self, exclude: Exclusions) -> list[IntArray]:
-        """The rows of each set that are trained on."""
-        rows = [each.rows("train", ["train"]) for each in self.shards]
-        names = ", ".join(each.shown for each in self.shards) or "no shard set"
-        if not sum(map(len, rows)):
-            raise UserError(f"data: {names}: no training samples (split train, role train)")
-        kept = [exclude.keeps(each, row) for each, row in zip(self.shards, rows, strict=True)]
-        self.excluded = sum(map(len, rows)) - sum(map(len, kept))
-        if not sum(map(len, kept)):
-            raise UserError(
-                f"data: {names}: all {self.excluded} training samples are excluded; "
-                f"shorten the list of exclusions or train on another set"
-            )
-        return kept
-
-    def _number(self, rows: list[IntArray]) -> None:
-        """Concatenate the training rows and number identities and cameras."""
-        used = [np.unique(each.index["pid"][row]) for each, row in zip(self.shards, rows, strict=True)]
-        pids = [each.identities[pid] for each, own in zip(self.shards, used, strict=True) for pid in own.tolist()]
-        order = sorted(range(len(pids)), key=pids.__getitem__)
-        self.identities = [pids[place] for place in order]
-        if any(one == other for one, other in itertools.pairwise(self.identities)):
-            names = ", ".join(each.shown for each in self.shards)
-            raise UserError(
-                f"data: {names}: two of the sets hold the same identities; leave one out or write it again "
-                f"with `--dataset ANOTHER_NAME`"
-            )
-        numbers = np.empty(len(pids), dtype=np.int64)
-        numbers[order] = np.arange(len(pids))
-        pid_N, camid_N, pid_base, camera_base = [], [], 0, 0
-        for each, own, row in zip(self.shards, used, rows, strict=True):
-            pid_N.append(numbers[pid_base + np.searchsorted(own, each.index["pid"][row])])
-            camid = each.index["camid"][row].astype(np.int64)
-            camid_N.append(np.where(camid < 0, -1, camid + camera_base))
-            pid_base += len(own)
-            camera_base += int(camid.max(initial=-1)) + 1
-        self.counts = [len(row) for row in rows]
-        self.row_N: IntArray = np.concatenate(rows)
-        self.set_N: IntArray = np.repeat(np.arange(len(rows)), self.counts)
-        self.pid_N: IntArray = np.concatenate(pid_N)
-        self.camid_N: IntArray = np.concatenate(camid_N)
-
-    def _require_captions(self) -> None:
-        for position, each in enumerate(self.shards):
-            row = self.row_N[self.set_N == position]
-            missing = row[each.index["captions"][row] == 0]
-            if len(missing):
-                raise UserError(
-                    f"{each.shown}: {len(missing)} of {len(row)} training samples have no caption, the "
-                    f"first is {each.key(int(missing[0]))}; this stage needs captions: leave the set out"
-                )
 
 
 def _choice(count: int, key: tuple[int, int, int], stream: int) -> int:

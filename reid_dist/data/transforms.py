@@ -171,6 +171,7 @@ class Augment:
         rand_ops: number of operations drawn from `image_ops.OPERATIONS` ("RandAugment", Cubuk et al., 2020).
         rand_magnitude: how strong they are, 0 to 1.
         crop: least share of the area that a random crop takes, which is then resized to the old size; 1 is off.
+        erase_fill: colour of the erased rectangle, (red, green, blue) in 0..255; None: noise.
     """
 
     flip: float = 0.5
@@ -182,6 +183,7 @@ class Augment:
     rand_ops: int = 0
     rand_magnitude: float = 0.3
     crop: float = 1.0
+    erase_fill: tuple[int, int, int] | None = None
 
     def __call__(self, image_HWC: Pixels, rng: np.random.Generator) -> Pixels:
         """Augment one image.
@@ -224,7 +226,7 @@ class Augment:
     def _erase(
         self, image: Pixels, area: float, aspect: float, top: float, left: float, rng: np.random.Generator
     ) -> Pixels:
-        """Overwrite a rectangle with noise (arguments uniform in [0, 1)).
+        """Overwrite a rectangle with noise, or with one colour (arguments uniform in [0, 1)).
 
         Noise, not the mean colour: a flat patch is itself a constant object that the network can learn to find, and
         random values did best in "Random Erasing Data Augmentation" (Zhong et al., 2020), section 4.
@@ -238,6 +240,9 @@ class Augment:
         columns = min(width, max(1, round((pixels / ratio) ** 0.5)))
         y, x = int(top * (height - rows + 1)), int(left * (width - columns + 1))
         result: Pixels = image.copy()
+        if self.erase_fill is not None:
+            result[y : y + rows, x : x + columns] = self.erase_fill
+            return result
         noise = np.frombuffer(rng.bytes(rows * columns * 3), dtype=np.uint8)
         result[y : y + rows, x : x + columns] = noise.reshape(rows, columns, 3)
         return result

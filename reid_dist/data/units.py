@@ -72,8 +72,8 @@ class Identities:
 
     The first image of an identity is any of them, the next ones are of cameras that were not taken yet, where there
     are such; then a second image of each camera, and so on. The K images are distinct where the identity has that
-    many, otherwise each is repeated as evenly as possible. Rows are images: of which caption each gets a
-    choice is made later, so K rows are never fewer images with several captions each.
+    many, otherwise each is repeated as evenly as possible. What is said of images holds of items (`TrainingItems`):
+    where these are pairs of image and caption, K of them may be fewer images.
 
     Args:
         pid_N: identity of each sample. Shape: (samples,).

@@ -7,8 +7,8 @@ Shape suffixes: N images, M captions, D feature, Q queries, G gallery entries.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +30,16 @@ from reid_dist.evaluation.ranking import (
     rank_queries,
     summarise,
 )
+from reid_dist.evaluation.rerank import rerank
 
 Pair = dict[str, Metrics | None]
+
+
+class Reranking(NamedTuple):
+    """Parameters of `rerank`."""
+
+    neighbours: int = 5
+    weight: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -119,13 +127,20 @@ def rank_task(task: Task, chunk: int = 512) -> QueryRanks:
     return QueryRanks.from_table(table_Q5)
 
 
-def score(features: Features) -> Pair:
+def score(features: Features, reranking: Reranking | None = None) -> Pair:
     """Metrics of both tasks, None for a task that the features do not allow.
+
+    Args:
+        features: of a benchmark.
+        reranking: also give the metrics of "t2i_reranked".
 
     Raises:
         UserError: none of the queries of a task has a positive.
     """
     tasks = {"t2i": t2i_task(features), "i2i": i2i_task(features)}
+    plain = tasks["t2i"]
+    if reranking is not None and plain is not None:
+        tasks["t2i_reranked"] = replace(plain, retrieval=rerank(plain.retrieval, *reranking))
     return {name: None if task is None else summarise(rank_task(task)) for name, task in tasks.items()}
 
 
@@ -152,17 +167,18 @@ def evaluate_benchmark(
     device: torch.device | str = "cpu",
     split: str = "test",
     cache: ImageCache | None = None,
+    reranking: Reranking | None = None,
 ) -> Pair:
     """Scores one shard set on what its roles allow. A collective with the same result on every rank.
 
     Returns:
         {"t2i": metrics or None, "i2i": metrics or None}: T2I for a set with captions (and a tokenizer), I2I
-        for a set with the roles query and gallery.
+        for a set with the roles query and gallery. With `reranking` also "t2i_reranked" where there is T2I.
 
     Raises:
         UserError: see `extract`; or no query has a positive.
     """
-    return score(extract_benchmark(encoder, shards, tokenizer, size, batch_size, device, split, cache))
+    return score(extract_benchmark(encoder, shards, tokenizer, size, batch_size, device, split, cache), reranking)
 
 
 def load_images(shards: ShardSet, rows: Rows, size: tuple[int, int], cache: ImageCache | None = None) -> ImageSet:

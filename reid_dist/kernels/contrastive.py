@@ -27,8 +27,16 @@ from reid_dist.kernels.checks import (
     wide_dtype,
     widen,
 )
-from reid_dist.kernels.identity import among, identity_means
-from reid_dist.kernels.pairs import clip_contrastive, pair_attend, sdm, siglip, supcon_from_lse
+from reid_dist.kernels.identity import among, identity_counts, identity_means
+from reid_dist.kernels.pairs import (
+    clip_contrastive,
+    pair_attend,
+    pair_moments,
+    sdm,
+    sdm_from_moments,
+    siglip,
+    supcon_from_lse,
+)
 from reid_dist.kernels.reference import row_products
 from reid_dist.kernels.routing import choose, explain
 
@@ -39,13 +47,16 @@ __all__ = [
     "Mask",
     "clip_contrastive",
     "explain",
+    "identity_counts",
     "identity_means",
     "moco_from_lse",
     "moco_nce",
     "pair_attend",
+    "pair_moments",
     "queue_attend",
     "queue_attend_with_mean",
     "sdm",
+    "sdm_from_moments",
     "siglip",
     "supcon_from_lse",
     "supcon_queue",

@@ -192,25 +192,68 @@ def sdm(
     Returns:
         Mean over rows plus mean over columns, scalar.
     """
-    _check_pairs(rows_BD, columns_GD, row_ids_B, column_ids_G, log_scale)
-    name = choose(backend, "sdm", rows_BD, columns_GD)
     arguments = (rows_BD, columns_GD, row_ids_B, column_ids_G, log_scale)
-    if name == "reference":
-        with torch.autocast(rows_BD.device.type, enabled=False):
-            row_3B, column_3G = reference.pair_moments(*arguments)
-    else:
+    row_4B, column_4G = pair_moments(*arguments, backend=backend)
+    loss = _filled_mean(sdm_from_moments(row_4B, identity_counts(column_ids_G, row_ids_B), epsilon), row_ids_B)
+    of_columns_G = sdm_from_moments(column_4G, identity_counts(row_ids_B, column_ids_G), epsilon)
+    return (loss + _filled_mean(of_columns_G, column_ids_G)).to(wide_dtype(rows_BD.dtype))
+
+
+def pair_moments(
+    rows_BD: Tensor,
+    columns_GD: Tensor,
+    row_ids_B: Tensor,
+    column_ids_G: Tensor,
+    log_scale: Tensor,
+    *,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """What `sdm` sees of every row's and of every column's softmax p, of one product matrix.
+
+    Differentiable in rows, columns and `log_scale`. Where the rows are one rank's, the column values cover only these:
+    with w_r = exp(lse_r - logsumexp_r lse_r), the sums over all rows are sum_r w_r (sum p log p + log w_r), and
+    sum_r w_r of the other two.
+
+    Args:
+        rows_BD: Shape: (B, D).
+        columns_GD: Shape: (G, D).
+        row_ids_B: int32; EMPTY rows are counted nowhere. Shape: (B,).
+        column_ids_G: likewise. Shape: (G,).
+        log_scale: Shape: () or (1,).
+        backend: as in `pair_attend`; there is no triton kernel.
+
+    Returns:
+        Log-sum-exp, sum of p log p, of p over the pairs of one id, of p over the others; -inf and zeros where nothing
+        is counted. float64. Shapes: (4, B), (4, G).
+    """
+    arguments = (rows_BD, columns_GD, row_ids_B, column_ids_G, log_scale)
+    _check_pairs(*arguments)
+    name = choose(backend, "sdm", rows_BD, columns_GD)
+    if name != "reference":
         row_4B, column_4G = operators.pair_statistics(*arguments, mask_number("none"), True, name)
-        row_3B, column_3G = row_4B[1:], column_4G[1:]
-    rows_loss = _matching(row_3B, row_ids_B, column_ids_G, epsilon)
-    return (rows_loss + _matching(column_3G, column_ids_G, row_ids_B, epsilon)).to(wide_dtype(rows_BD.dtype))
+        return row_4B, column_4G
+    with torch.autocast(rows_BD.device.type, enabled=False):
+        return reference.pair_moments(*arguments)
 
 
-def _matching(moments_3B: Tensor, ids_B: Tensor, other_ids_G: Tensor, epsilon: float) -> Tensor:
-    """Mean of sum_j p log p - sum_j p log(q + epsilon), from the sums of p over positives and over negatives."""
-    entropy_B, positive_B, negative_B = moments_3B
-    count_B = identity_counts(other_ids_G, ids_B).double()
-    log_q_B = (1 / count_B.clamp(min=1) + epsilon).log()
+def sdm_from_moments(moments_4B: Tensor, count_B: Tensor, epsilon: float = 1e-8) -> Tensor:
+    """One direction of `sdm` row by row: sum_j p log p - sum_j p log(q + epsilon).
+
+    Args:
+        moments_4B: of `pair_moments`. Shape: (4, B).
+        count_B: how many columns are of the row's identity. Shape: (B,).
+        epsilon: as in `sdm`.
+
+    Returns:
+        float64. Shape: (B,).
+    """
+    _, entropy_B, positive_B, negative_B = moments_4B
+    log_q_B = (1 / count_B.double().clamp(min=1) + epsilon).log()
     loss_B: Tensor = entropy_B - positive_B * log_q_B - negative_B * math.log(epsilon)
+    return loss_B
+
+
+def _filled_mean(loss_B: Tensor, ids_B: Tensor) -> Tensor:
     filled_B = ids_B != EMPTY
     return loss_B.masked_fill(~filled_B, 0.0).sum() / filled_B.sum().clamp(min=1)
 

@@ -88,19 +88,21 @@ def pair_attend(
 
 
 def softmax_moments(logits_BG: Tensor, counted_BG: Tensor, same_BG: Tensor, dim: int) -> Tensor:
-    """Sums over `dim` of p log p, of p at pairs of one identity, and of p at the others. Shape: (3, rows)."""
-    gap_BG, _, total_B = shifted(logits_BG, counted_BG, dim)
-    log_total_B = total_B.masked_fill(total_B == 0, 1.0).log().to(logits_BG.dtype)
-    log_p_BG = gap_BG.masked_fill(~counted_BG, 0.0) - log_total_B.unsqueeze(dim)
+    """Log-sum-exp over `dim`; sums of p log p, of p at pairs of one identity, of p at the others. Shape: (4, rows)."""
+    gap_BG, peak_B, total_B = shifted(logits_BG, counted_BG, dim)
+    none_B = total_B == 0
+    log_total_B = total_B.masked_fill(none_B, 1.0).log()
+    log_p_BG = gap_BG.masked_fill(~counted_BG, 0.0) - log_total_B.to(logits_BG.dtype).unsqueeze(dim)
     p_BG = log_p_BG.exp() * counted_BG
     parts = (p_BG * log_p_BG, p_BG * same_BG, p_BG * ~same_BG)
-    return torch.stack([part.sum(dim=dim, dtype=torch.float64) for part in parts])
+    lse_B = (peak_B + log_total_B).masked_fill(none_B, -torch.inf)
+    return torch.stack([lse_B, *(part.sum(dim=dim, dtype=torch.float64) for part in parts)])
 
 
 def pair_moments(
     rows_BD: Tensor, columns_GD: Tensor, row_ids_B: Tensor, column_ids_G: Tensor, log_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(row moments (3, B), column moments (3, G)) of `softmax_moments`, every filled pair counted."""
+    """(row moments (4, B), column moments (4, G)) of `softmax_moments`, every filled pair counted."""
     logits_BG = pair_logits(rows_BD, columns_GD, row_ids_B, column_ids_G, log_scale)
     counted_BG = counted(row_ids_B, column_ids_G, MASKS.index("none"))
     same_BG = row_ids_B[:, None] == column_ids_G[None, :]

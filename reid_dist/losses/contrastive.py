@@ -31,23 +31,32 @@ def contrastive_loss(image_BD: Tensor, text_BD: Tensor, log_scale: Tensor, pid_B
         Scalar; its mean over ranks is the loss of the global batch.
     """
     with torch.autocast(image_BD.device.type, enabled=False):
-        image_BD, text_BD = normalize(image_BD), normalize(text_BD)
-        text_GD = all_gather_with_grad(text_BD)
-        if pid_B is None:
-            return _own_pairs(image_BD, text_BD, text_GD, log_scale).mean()
-        return _identities(image_BD, text_GD, log_scale, pid_B.to(torch.int32)).mean()
+        return product_contrast(normalize(image_BD), normalize(text_BD), log_scale, pid_B)
+
+
+def product_contrast(image_BD: Tensor, text_BD: Tensor, log_scale: Tensor, pid_B: Tensor | None = None) -> Tensor:
+    """`contrastive_loss` of features as they come, fp32 or float64, outside autocast: of products, not of cosines."""
+    text_GD = all_gather_with_grad(text_BD)
+    if pid_B is None:
+        return _own_pairs(image_BD, text_BD, text_GD, log_scale).mean()
+    return _identities(image_BD, text_GD, log_scale, pid_B.to(torch.int32)).mean()
 
 
 def normalize(feature_BD: Tensor) -> Tensor:
     """Rows of length 1, in fp32: half precision moves the loss by per cents at temperature 0.01. float64 stays."""
-    return F.normalize(feature_BD if feature_BD.dtype == torch.float64 else feature_BD.float(), dim=-1)
+    return F.normalize(widened(feature_BD), dim=-1)
+
+
+def widened(feature_BD: Tensor) -> Tensor:
+    """At least fp32."""
+    return feature_BD if feature_BD.dtype == torch.float64 else feature_BD.float()
 
 
 def _own_pairs(image_BD: Tensor, text_BD: Tensor, text_GD: Tensor, log_scale: Tensor) -> Tensor:
     """Half of both directions' losses of each pair. Shape: (B,)."""
     place_G = torch.arange(text_GD.shape[0], dtype=torch.int32, device=text_GD.device)
     negative_B, negative_G = pair_attend(
-        image_BD, text_GD, log_scale, row_ids_B=_own(place_G), column_ids_G=place_G, mask="identity"
+        image_BD, text_GD, log_scale, row_ids_B=own_rows(place_G), column_ids_G=place_G, mask="identity"
     )
     (text_negative_B,) = _own_columns(negative_G[None])
     image_to_text_B = moco_from_lse(image_BD, text_BD, negative_B, log_scale)
@@ -77,13 +86,13 @@ def _own_columns(part_XG: Tensor) -> Tensor:
     """This rank's columns of log-sum-exps over all ranks' rows, from the ranks' parts. Shape: (X, G) -> (X, B)."""
     if world_size() == 1:
         return part_XG
-    part_WXB = _own(all_gather_with_grad(part_XG[None]).movedim(-1, 0)).movedim(0, -1)
+    part_WXB = own_rows(all_gather_with_grad(part_XG[None]).movedim(-1, 0)).movedim(0, -1)
     none_XB = (part_WXB == -torch.inf).all(dim=0)
     # Where nothing is counted on any rank the gradient of a log-sum-exp would be NaN; it is 0.
     return torch.where(none_XB, 0.0, part_WXB).logsumexp(dim=0).masked_fill(none_XB, -torch.inf)
 
 
-def _own(x_G: Tensor) -> Tensor:
+def own_rows(x_G: Tensor) -> Tensor:
     """This rank's rows of what is in rank order. Shape: (G, ...) -> (B, ...)."""
     rows = x_G.shape[0] // world_size()
     return x_G[rank() * rows : (rank() + 1) * rows]

@@ -56,3 +56,35 @@ class IdentityClassifier(nn.Module):
         """Shape: (B, D) -> (B, C)."""
         logits: Tensor = self.classifier(self.neck(feature_BD))
         return logits
+
+
+class LinearClassifier(nn.Module):
+    """One linear layer with a bias on the raw features (IRRA, Jiang & Ye, CVPR 2023): weights N(0, 0.001), bias 0."""
+
+    def __init__(self, features: int, identities: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(features, identities)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, feature_BD: Tensor) -> Tensor:
+        """Shape: (B, D) -> (B, C)."""
+        logits: Tensor = self.classifier(feature_BD)
+        return logits
+
+
+class NormalizedClassifier(nn.Module):
+    """An identity's logit is the length of the feature along its direction (TextReID, Han et al., BMVC 2021).
+
+    The identities' vectors are brought to length 1, the features are not, and there is neither scale nor bias.
+    """
+
+    def __init__(self, features: int, identities: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(identities, features))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, feature_BD: Tensor) -> Tensor:
+        """Shape: (B, D) -> (B, C)."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.linear(feature_BD, F.normalize(self.weight.to(wide), dim=1).to(feature_BD.dtype))

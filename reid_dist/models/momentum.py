@@ -16,7 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid_dist.errors import UserError
 from reid_dist.models.digest import digest
-from reid_dist.models.dual_encoder import DualEncoder, projection_names
+from reid_dist.models.dual_encoder import DualEncoder
+from reid_dist.models.linear import redraw, redrawn_linears
+from reid_dist.models.projection import projection_names
 
 Tower = Literal["visual", "text"]
 TOWERS: tuple[Tower, ...] = ("visual", "text")
@@ -37,12 +39,14 @@ class MomentumEncoder:
         head: of a tower's projection to D: averaged too, or the encoder's own as it is (`live`, as published).
         dtype: of the weights in the forward: a cast of the averages unless fp32. Under autocast leave it at fp32: the
             surrounding autocast then treats the copy as it treats the encoder.
+        redraw_seed: averages of the linear maps of `redrawn_linears` begin as drawn from it, as in TextReID's code,
+            where keys and anchors begin in two networks. None: all begin as copies.
 
     Attributes:
         names: what `start` and `update` want, parameters and buffers, as the stage names them ("encoder.visual...").
 
     Raises:
-        UserError: a live head of a tower that has no projection.
+        UserError: a live head of a tower that has no projection, or nothing to draw anew.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class MomentumEncoder:
         momentum: float = 0.999,
         head: Literal["momentum", "live"] = "momentum",
         dtype: torch.dtype = torch.float32,
+        redraw_seed: int | None = None,
     ) -> None:
         if not 0 <= momentum <= 1 or not towers:
             raise ValueError(f"momentum {momentum} of towers {towers}: wants a number in 0..1 and at least one tower")
@@ -65,6 +70,7 @@ class MomentumEncoder:
         parameters = {_PREFIX + name for name, _ in self._encoder.named_parameters()}
         self._parameters = [name for name in self.names if name in parameters]
         self._averaged = set(self._parameters) - (self._projections() if head == "live" else set())
+        self._redrawn = {} if redraw_seed is None else self._draw(redraw_seed)
         if self._cast:
             self._masters = {name: tensor.clone() for name, tensor in self._forward.items()}
             # Not `.to(dtype)`: that would round the image statistics too, which engines leave in fp32.
@@ -96,7 +102,7 @@ class MomentumEncoder:
         """
         for name, weight in self._checked(weights):
             self.to(weight.device)
-            self._masters[name].copy_(weight)
+            self._masters[name].copy_(self._redrawn.get(name, weight))
             self._refresh(name)
 
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -176,6 +182,22 @@ class MomentumEncoder:
             yield name, weight
         if missing:
             raise ValueError(f"momentum encoder: no weights for {', '.join(sorted(missing))}")
+
+    def _draw(self, seed: int) -> dict[str, Tensor]:
+        """Other weights for some linear maps, the same on all ranks."""
+        generator = torch.Generator().manual_seed(seed)
+        found: dict[str, Tensor] = {}
+        for tower in self.towers:
+            for name, linear in redrawn_linears(getattr(self._encoder, tower)).items():
+                redraw(linear, generator)
+                named = {f"{_PREFIX}{tower}.{name}.{part}": p for part, p in linear.named_parameters()}
+                found |= {name: p.detach().clone() for name, p in named.items() if name in self._averaged}
+        if not found:
+            raise UserError(
+                "loss.key_start: redrawn is of a CLIP ResNet's attention pool and of the map behind a dictionary; this"
+                " architecture trains neither; use copy"
+            )
+        return found
 
     def _projections(self) -> set[str]:
         names = set()

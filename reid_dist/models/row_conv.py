@@ -1,18 +1,21 @@
 """A small convolutional image tower that learns in minutes on two CPU cores.
 
-Shape suffixes: B batch, C channels, H rows, W columns, D feature size.
+Shape suffixes: B batch, C channels, H rows, W columns, R stripes, D feature size.
 
 No batch statistics: a rank's features never depend on which other images share its batch, so N ranks equal one.
 SiLU and not ReLU: rounding that flips a unit at its kink moves a gradient by 1e-4, and N ranks would only nearly equal
 one. Weight-standardised convolutions make up for what GroupNorm alone loses at this size.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from reid_dist.models.tower import Projects, TowerOutput
 
 
 class StandardizedConv2d(nn.Conv2d):
@@ -49,13 +52,38 @@ class ResidualBlock(nn.Module):
         return F.silu(y_BCHW + self.shortcut(x_BCHW))
 
 
-class RowConvTower(nn.Module):
+class StripeProjection(nn.Linear):
+    """A linear map of all stripes together: each has its own part of the weight."""
+
+    def __init__(self, width: int, rows: int, features: int) -> None:
+        super().__init__(rows * width, features)
+        self.rows = rows
+
+    def forward(self, stripe_BCR: Tensor, apart: bool = False) -> Tensor:
+        """Features, or what each stripe adds to them before the bias. Shape: (B, C, R) -> (B, D), or (B, R, D)."""
+        if not apart:
+            return super().forward(stripe_BCR.flatten(1))
+        return torch.einsum("bcr,dcr->brd", stripe_BCR, self.weight.view(self.out_features, -1, self.rows))
+
+
+class RowConvTower(Projects, nn.Module):
     """Stride-2 stem, residual blocks (the first keeps the resolution, the others halve it), row pooling, projection.
 
-    Body parts lie in rows, so each of `rows` horizontal stripes keeps its own place in the projection's input.
+    Body parts lie in rows, so each of `rows` horizontal stripes keeps its own place in the projection's input. Its
+    tokens are the features, in a class token's place, and the stripes; features for image queries (`dual_token`) come
+    from a second projection, which begins as a copy of the first.
     """
 
-    def __init__(self, embed_dim: int, widths: Sequence[int] = (32, 64, 128), groups: int = 8, rows: int = 8) -> None:
+    gives_tokens = True
+
+    def __init__(
+        self,
+        embed_dim: int,
+        widths: Sequence[int] = (32, 64, 128),
+        groups: int = 8,
+        rows: int = 8,
+        dual_token: bool = False,
+    ) -> None:
         super().__init__()
         self.rows = rows
         self.gradient_checkpointing = False
@@ -66,14 +94,15 @@ class RowConvTower(nn.Module):
             ResidualBlock(width_in, width, 1 if i == 0 else 2, groups)
             for i, (width_in, width) in enumerate(zip(widths_in, widths, strict=True))
         )
-        self.projection = nn.Linear(rows * widths[-1], embed_dim)
+        self.projection = StripeProjection(widths[-1], rows, embed_dim)
+        self.projection_i2i = copy.deepcopy(self.projection) if dual_token else None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks in backward; the name is open_clip's, so all towers share it."""
         self.gradient_checkpointing = enable
 
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Shape: (B, 3, H, W) -> (B, D)."""
+    def forward(self, image_BCHW: Tensor, details: bool = False) -> Tensor | TowerOutput:
+        """Features, or with `details` also the 1 + rows tokens. Shape: (B, 3, H, W) -> (B, D)."""
         x_BCHW = F.silu(self.stem_norm(self.stem(image_BCHW)))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -82,5 +111,10 @@ class RowConvTower(nn.Module):
                 x_BCHW = block(x_BCHW)
         # The mean over the columns of each stripe; a plain reshape when the rows divide the height.
         stripe_BCR = F.adaptive_avg_pool2d(x_BCHW, (self.rows, 1)).squeeze(-1)
-        features: Tensor = self.projection(stripe_BCR.flatten(1))
-        return features
+        features_BD: Tensor = self.projection(stripe_BCR)
+        if not details:
+            return features_BD
+        tokens_BND = torch.cat([features_BD[:, None], self.projection(stripe_BCR, apart=True)], dim=1)
+        return TowerOutput(
+            features_BD, tokens_BND, None if self.projection_i2i is None else self.projection_i2i(stripe_BCR)
+        )

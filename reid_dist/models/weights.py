@@ -4,6 +4,7 @@ import json
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from open_clip import list_models
@@ -13,13 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from reid_dist.errors import UserError
-from reid_dist.models.dual_encoder import (
-    DualEncoder,
+from reid_dist.models.architecture import read_architecture
+from reid_dist.models.dual_encoder import DualEncoder
+from reid_dist.models.patches import (
+    RESNET_EMBEDDING,
     Interpolation,
     Patches,
     find_patches,
-    read_architecture,
     resize_position_embedding,
+    resnet_patches,
 )
 
 OPEN_CLIP_TAG = "open_clip:"
@@ -38,6 +41,12 @@ _TEXT_PREFIXES = (
 _OPENAI_MARK = "input_resolution"
 # Facts about the model that OpenAI stored among its weights, and a mask that open_clip rebuilds.
 _NOT_WEIGHTS = (_OPENAI_MARK, "context_length", "vocab_size", "text.attn_mask")
+# What image queries have of their own (model.dual_token), and what it begins as where a file has it not.
+_BEGINS_AS = {
+    "visual.class_embedding_i2i": "visual.class_embedding",
+    "visual.projection_i2i.weight": "visual.projection.weight",
+    "visual.projection_i2i.bias": "visual.projection.bias",
+}
 
 
 @dataclass
@@ -46,12 +55,14 @@ class LoadReport:
 
     matched: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)  # from another parameter of the file
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """One line of counts, with the first names of what did not match."""
         parts = [f"{len(self.matched)} matched", f"{len(self.resized)} resized"]
+        parts += [f"{len(self.copied)} copied ({', '.join(self.copied)})"] if self.copied else []
         for name, items in (("missing", self.missing), ("unexpected", self.unexpected)):
             shown = f" ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})" if items else ""
             parts.append(f"{len(items)} {name}{shown}")
@@ -78,6 +89,12 @@ def load_weights(
     Raises:
         UserError: unreadable file, a shape or an activation that does not fit, or nothing that matches.
     """
+    state, path = read_weights(weights, architecture)
+    return load_state(encoder, state, path, architecture, image_size, interpolation)
+
+
+def read_weights(weights: str, architecture: str) -> tuple[dict[str, Tensor], Path]:
+    """Tensors by our names, and where they come from. The arguments and what is raised are those of `load_weights`."""
     path = (
         _tag_file(weights.removeprefix(OPEN_CLIP_TAG), architecture)
         if weights.startswith(OPEN_CLIP_TAG)
@@ -86,7 +103,34 @@ def load_weights(
     raw = read_state_dict(path)
     if _OPENAI_MARK in raw:
         _check_openai_activation(architecture, path)
-    state = canonical_names(raw)
+    return canonical_names(raw), path
+
+
+def load_state(
+    encoder: DualEncoder,
+    state: dict[str, Tensor],
+    path: Path,
+    architecture: str,
+    image_size: tuple[int, int],
+    interpolation: Interpolation = "bilinear",
+    part: Literal["", "visual.", "text."] = "",
+) -> LoadReport:
+    """Loads tensors of our names into an encoder, or into one tower alone.
+
+    Args:
+        encoder: changed in place.
+        state: not changed.
+        path: where it comes from, for messages and, in an export, for the manifest beside it.
+        architecture: the encoder's, for messages.
+        image_size: (height, width) of the encoder.
+        interpolation: how the image position embedding is resized where the grids differ.
+        part: names that do not begin with it are left alone, here and there.
+
+    Raises:
+        UserError: a shape that does not fit, or nothing that matches.
+    """
+    key = "model.visual_weights" if part == "visual." else "model.weights"
+    state = {name: tensor for name, tensor in state.items() if name.startswith(part)}
     report = LoadReport()
     patches = find_patches(encoder.visual)
     if patches is not None and patches.embedding in state:
@@ -95,19 +139,22 @@ def load_weights(
         if source != grid:
             _resize_positions(state, patches, source, grid, interpolation)
             report.resized.append(patches.embedding)
-    own = encoder.state_dict()
+    own = {name: tensor for name, tensor in encoder.state_dict().items() if name.startswith(part)}
+    report.copied = [name for name, source in _BEGINS_AS.items() if name in set(own) - set(state) and source in state]
+    state |= {name: state[_BEGINS_AS[name]] for name in report.copied}
     report.missing = sorted(set(own) - set(state))
     report.unexpected = sorted(set(state) - set(own))
-    report.matched = sorted((set(own) & set(state)) - set(report.resized))
+    report.matched = sorted((set(own) & set(state)) - {*report.resized, *report.copied})
     if set(report.matched) <= {"logit_scale"}:  # a temperature alone is no match: every CLIP has one
-        raise UserError(f"model.weights: nothing in {path} fits {architecture}: {report.summary()}")
+        raise UserError(f"{key}: nothing in {path} fits {architecture}: {report.summary()}")
     for name in (*report.matched, *report.resized):
         if name == "logit_scale" and state[name].numel() == 1:
             state[name] = state[name].reshape(1)
         if state[name].shape != own[name].shape:
+            remedy = "set model.prompts to that" if name.endswith(".prompts") else "choose the architecture"
             raise UserError(
-                f"model.weights: {name} in {path} has shape {tuple(state[name].shape)}, {architecture} wants"
-                f" {tuple(own[name].shape)}; choose the architecture of the file"
+                f"{key}: {name} in {path} has shape {tuple(state[name].shape)}, {architecture} wants"
+                f" {tuple(own[name].shape)}; {remedy} of the file"
             )
     encoder.load_state_dict({name: state[name].to(own[name].dtype) for name in own if name in state}, strict=False)
     return report
@@ -198,6 +245,8 @@ def _manifest_grid(manifest: Path, patches: Patches) -> tuple[int, int] | None:
         model = json.loads(manifest.read_text())["model"]
         height, width = (int(side) for side in model["image_size"])
         stride = model["patch_stride"]
+        if patches.embedding == RESNET_EMBEDDING:
+            return resnet_patches(int(model.get("last_stride", 2))).grid((height, width))
         return patches.grid((height, width), patches.size if stride is None else (int(stride), int(stride)))
     except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError):
         return None

@@ -1,43 +1,16 @@
 """What a training stage is: model + losses as one module, so that an engine and the trainer see only `stage(batch)`."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reid_dist.models.dual_encoder import DualEncoder
+from reid_dist.models.sharded_classifier import ShardedClassifier
 from reid_dist.optim import TrainableGroup
-
-Batch = dict[str, Tensor]
-Features = dict[str, Tensor]  # names that end in _BD hold a row for each sample, others (log_scale) one value for all
-State = dict[str, Any]
-Weights = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]  # full fp32 tensors of the parameters named
-
-
-class StageOutput(TypedDict):
-    """What one forward gives: the loss to differentiate, parts of it to log, and what `after_step` needs."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-    state: State
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What a stage must know of the run to keep anything beside the model.
-
-    `rows` are the samples of one rank and micro-step; `seed` is the same on all ranks.
-    """
-
-    rows: int = 0
-    device: torch.device | str = "cpu"
-    precision: Literal["fp32", "bf16", "pure_bf16"] = "fp32"
-    seed: int = 0
-
-
-ALONE = Placement()
+from reid_dist.stages.contract import Batch, Features, StageOutput, State, Weights
+from reid_dist.stages.momentum_contrast import MomentumContrast
 
 
 class Stage(nn.Module):
@@ -50,28 +23,40 @@ class Stage(nn.Module):
     Args:
         encoder: the dual encoder, changed by training.
         freeze: names of towers (`visual`, `text`) that do not train and stay in evaluation mode.
+        train_prompts: the towers' prompts train, those of frozen towers too; False: none do.
+
+    Attributes:
+        moco: queue and key encoders of the stages that have them.
+        sharded: class centres that the ranks hold together, of the stages that have them.
     """
 
-    def __init__(self, encoder: DualEncoder, freeze: Iterable[str] = ()) -> None:
+    def __init__(self, encoder: DualEncoder, freeze: Iterable[str] = (), train_prompts: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
         self.frozen = tuple(freeze)
+        self.moco: MomentumContrast | None = None
+        self.sharded: ShardedClassifier | None = None
         for tower in self.frozen:
             getattr(encoder, tower).requires_grad_(False)
+        for prompts in encoder.prompts().values():
+            prompts.requires_grad_(train_prompts)
 
     def prepare(self, micro_batches: list[Batch]) -> list[Batch]:
-        """Adds what the micro-batches of one step must know of each other (nothing here)."""
-        return micro_batches
+        """Adds what the micro-batches of one step must know of each other."""
+        if self.sharded is not None:
+            self.sharded.begin(torch.cat([batch["pid_B"] for batch in micro_batches]))
+        return micro_batches if self.moco is None else self.moco.with_step_ids(micro_batches)
 
     def keys(self, batch: Batch) -> State:
         """What a micro-batch leaves for `after_step`, made before the anchors so that its transfer runs beside them."""
-        return {}
+        return {} if self.moco is None else self.moco.keys(batch)
 
     def features(self, batch: Batch, state: State) -> Features:
         """What the loss needs of the encoder.
 
         Args:
-            batch: image_BCHW uint8, token_BL, pid_B, camid_B, sample_id_B.
+            batch: image_BCHW uint8, token_BL, pid_B, camid_B, sample_id_B; masked_token_BL and masked_label_BL where
+                words are hidden. In a mix with uncaptioned sets captioned_B, and text of the captioned rows alone.
             state: what `keys` gave for it.
         """
         raise NotImplementedError
@@ -95,28 +80,40 @@ class Stage(nn.Module):
         return StageOutput(loss=loss, metrics=metrics, state=state)
 
     def start(self, weights: Weights) -> None:
-        """Called once, when the engine has made all ranks' weights equal; nothing to do here."""
+        """Called once, when the engine has made all ranks' weights equal."""
+        if self.moco is not None:
+            self.moco.start(weights)
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Called before each step: the factor of the learning rates, for what the engine does not train."""
+        if self.sharded is not None:
+            self.sharded.factor = factor
+
+    def leaves(self) -> list[Tensor]:
+        """What the loss that was just computed can be differentiated in beside features and parameters."""
+        return [] if self.sharded is None or self.sharded.leaf is None else [self.sharded.leaf]
 
     def after_step(self, states: Sequence[State], updated: bool, weights: Weights) -> None:
-        """Side effects of an optimizer step (none here).
+        """Side effects of an optimizer step.
 
         Args:
             states: of all its micro-batches, in order.
             updated: False when the engine skipped the step: then nothing may change, on any rank.
             weights: the engine's, after the step.
         """
+        if self.sharded is not None:
+            self.sharded.end(updated)
+        if self.moco is not None and updated:
+            self.moco.after_step(states, weights)
 
     def bytes_beside(self, world_size: int) -> float:
-        """Bytes of one rank of `world_size` that the engine does not hold: none here."""
-        return 0.0
+        """Bytes of one rank of `world_size` that the engine does not hold."""
+        centres = 0.0 if self.sharded is None else self.sharded.bytes_on(world_size)
+        return centres + (0.0 if self.moco is None else self.moco.bytes_beside(world_size))
 
-    def encode_image(self, image_BCHW: Tensor) -> Tensor:
-        """The embedding that retrieval compares. Shape: (B, 3, H, W) -> (B, D)."""
-        return self.encoder.encode_image(image_BCHW)
-
-    def encode_text(self, token_BL: Tensor) -> Tensor:
-        """The embedding that retrieval compares. Shape: (B, L) -> (B, D)."""
-        return self.encoder.encode_text(token_BL)
+    def handover(self) -> dict[str, Tensor]:
+        """What the next stage needs beside the encoder, by name; the same on all ranks. Collective. Nothing here."""
+        return {}
 
     def trainable(self) -> list[TrainableGroup]:
         """The parameters that train: those of the encoder, and the new ones of this stage's heads."""

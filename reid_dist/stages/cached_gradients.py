@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from reid_dist.stages.base import Batch, Features, Stage, State
-
-_PER_ROW = "_BD"
+from reid_dist.stages.base import Stage
+from reid_dist.stages.contract import Batch, Features, State
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,12 @@ def joint_gradients(stage: Stage, batches: Sequence[Batch], passes: Sequence[Fir
         heads = [p for name, p in stage.named_parameters() if p.requires_grad and not name.startswith("encoder.")]
         loss, metrics = stage.loss(leaves, _joined(batches), [first.state for first in passes])
         with torch.autocast(loss.device.type, enabled=False):
-            found = torch.autograd.grad(loss, [*leaves.values(), *heads], allow_unused=True)
+            beside = stage.leaves()
+            found = torch.autograd.grad(loss, [*leaves.values(), *heads, *beside], allow_unused=True)
     by_name = {name: x for name, x in zip(leaves, found, strict=False) if x is not None}
-    by_head = [(p, x) for p, x in zip(heads, found[len(leaves) :], strict=True) if x is not None]
+    by_head = [(p, x) for p, x in zip(heads, found[len(leaves) :], strict=False) if x is not None]
+    for leaf, x in zip(beside, found[len(leaves) + len(heads) :], strict=True):
+        leaf.grad = x  # no engine averages it or asks for it in every micro-batch
     detached = {name: value.detach() for name, value in metrics.items()}
     return JointGradients(loss.detach(), detached, _shared_out(by_name, passes), by_head)
 
@@ -100,7 +102,7 @@ def surrogate(stage: Stage, batch: Batch, first: FirstPass, cached: JointGradien
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Rows one after the other; what is not by row is the same in all parts."""
     return {
-        name: torch.cat([part[name] for part in parts]) if name.endswith(("_B", _PER_ROW)) else value.clone()
+        name: torch.cat([part[name] for part in parts]) if _by_row(name) else value.clone()
         for name, value in parts[0].items()
     }
 
@@ -108,10 +110,13 @@ def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _shared_out(gradients: Features, passes: Sequence[FirstPass]) -> list[Features]:
     """Each micro-batch's rows of the gradients, and its share of what is not by row."""
     count = len(passes)  # of equal size: the plan's micro-batches are
-    parts = {
-        name: torch.chunk(x, count) if name.endswith(_PER_ROW) else [x / count] * count for name, x in gradients.items()
-    }
+    parts = {name: torch.chunk(x, count) if _by_row(name) else [x / count] * count for name, x in gradients.items()}
     return [{name: part[index] for name, part in parts.items()} for index in range(count)]
+
+
+def _by_row(name: str) -> bool:
+    """Whether the shape suffix says so: image_BD, pid_B, but not log_scale or step_id_S."""
+    return name.rpartition("_")[2].startswith("B")
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,50 +1,144 @@
-"""Image-to-image stage: identity loss on a BNNeck, batch-hard triplet loss, optional text supervision."""
+"""Image-to-image stage, and with text supervision the joint stage of both tasks.
 
-from collections.abc import Sequence
+Shape suffixes: B rows of this rank, T of these with captions, D features.
+"""
 
+from collections.abc import Iterable, Sequence
+
+import torch
 from torch import Tensor
 
 from reid_dist.config import I2ILoss
-from reid_dist.losses.contrastive import contrastive_loss
-from reid_dist.losses.identity import identity_loss
-from reid_dist.losses.triplet import batch_hard_triplet_loss
 from reid_dist.models.dual_encoder import DualEncoder
-from reid_dist.models.heads import IdentityClassifier
-from reid_dist.stages.base import Batch, Features, Stage, State
+from reid_dist.stages.base import Stage
+from reid_dist.stages.conflict import gradient_cosines
+from reid_dist.stages.contract import ALONE, Batch, Features, State, Surroundings, Weights
+from reid_dist.stages.image_losses import ImageLosses
+from reid_dist.stages.momentum_contrast import MomentumContrast
+from reid_dist.stages.text_losses import TextLosses, encode_pairs, fix_temperature
+
+_TEXT = ("text_BD", "masked_token_BLD")
 
 
 class I2IStage(Stage):
-    """L = w_id L_id + w_tri L_tri + w_text L_contrastive (Luo et al. 2019; the text part as in methods.md card 1).
+    """L = L_image + w_text L_text (methods.md card 1, stage 1; with all losses its joint arm).
 
-    Both image losses see the embedding that retrieval uses; the identity loss sees it through the BNNeck. Without
-    text supervision the text tower and the temperature do not train.
+    L_image (`ImageLosses`) is of all images, or in a mix of those without captions (`image_rows`); L_text
+    (`TextLosses`) of those with captions. Without text supervision text tower and temperature do not train. With two
+    class tokens (HPL, card 4) L_image sees the one that image queries use, L_text the other.
+
+    A batch may have no row for one of the losses (`data.mixing`). Its parameters then get gradients of zero, not none,
+    which optimizers treat differently under the ZeRO stages.
+
+    Args:
+        encoder: see `Stage`.
+        loss: settings.
+        freeze: see `Stage`.
+        run: the run that the stage is of.
+        train_prompts: see `Stage`.
     """
 
     def __init__(
-        self, encoder: DualEncoder, features: int, identities: int, loss: I2ILoss, freeze: tuple[str, ...] = ()
+        self,
+        encoder: DualEncoder,
+        loss: I2ILoss,
+        freeze: Iterable[str] = (),
+        run: Surroundings = ALONE,
+        train_prompts: bool = False,
     ) -> None:
         with_text = loss.text_weight > 0
-        super().__init__(encoder, freeze if with_text else (*freeze, "text"))
-        encoder.logit_scale.requires_grad_(with_text)
-        self.weights = loss
-        self.head = IdentityClassifier(features, identities)
+        super().__init__(encoder, freeze if with_text else (*freeze, "text"), train_prompts)
+        self.setting = loss
+        self.image_losses = ImageLosses(loss, encoder.features, run)
+        self.sharded = self.image_losses.sharded
+        self.text_losses: TextLosses | None = None
+        self._steps = 0
+        if with_text and loss.text.mlm_weight:
+            encoder.require_tokens("loss.text.mlm_weight")
+        if with_text:
+            vocabulary = encoder.text_shape.vocab_size
+            head = self.image_losses.head
+            self.text_losses = TextLosses(loss.text, encoder.features, vocabulary, run.identities, shared=head)
+            fix_temperature(encoder, loss.text)
+        else:
+            encoder.logit_scale.requires_grad_(False)
+        if with_text and loss.text.queue_size:
+            self.moco = MomentumContrast(encoder, self.frozen, loss.text, run, loss.text.positives, "pid_B")
+
+    def keys(self, batch: Batch) -> State:
+        """See `Stage.keys`."""
+        if self.moco is None or not (captions := len(batch["token_BL"])):
+            return {}
+        return super().keys(_captioned(batch, captions))
 
     def features(self, batch: Batch, state: State) -> Features:
-        """See `Stage.features`."""
-        if self.weights.text_weight == 0:
-            return {"image_BD": self.encoder.encode_image(batch["image_BCHW"])}
-        output = self.encoder(batch["image_BCHW"], batch["token_BL"])
-        return {"image_BD": output.image_features, "text_BD": output.text_features, "log_scale": output.log_scale}
+        """See `Stage.features`; i2i_BD of all rows, the rest of the captioned ones."""
+        if self.text_losses is None:
+            return {"i2i_BD": self.encoder.encode_image(batch["image_BCHW"], task="i2i")}
+        captions = len(batch["token_BL"])
+        # The text tower runs on padding where there is no caption, and its gradients are zero, not none.
+        text = {name: x if captions else x.new_zeros(1, *x.shape[1:]) for name, x in batch.items() if "token" in name}
+        features = encode_pairs(self.encoder, self.setting.text, {**batch, **text}, state.get("known", {}))
+        features.setdefault("i2i_BD", features["image_BD"])
+        if not captions:
+            features["log_scale"] = features["log_scale"] + _zero(x for x in features.values() if len(x) == 1)
+        rows = _places(batch, captions)
+        for name in ("image_BD", "image_token_BND"):
+            if name in features and rows is not None:
+                features[name] = features[name][rows]
+        return {name: x[:captions] if name in _TEXT else x for name, x in features.items()}
 
     def loss(self, features: Features, batch: Batch, states: Sequence[State]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Stage.loss`."""
-        weights, image_BD, pid_B = self.weights, features["image_BD"], batch["pid_B"]
-        identity = identity_loss(self.head(image_BD), pid_B, weights.label_smoothing)
-        triplet = batch_hard_triplet_loss(image_BD, pid_B, weights.triplet_margin)
-        loss = weights.identity_weight * identity + weights.triplet_weight * triplet
-        metrics: dict[str, Tensor] = {"identity": identity, "triplet": triplet}
-        if weights.text_weight > 0:
-            text = contrastive_loss(image_BD, features["text_BD"], features["log_scale"], pid_B)
-            loss = loss + weights.text_weight * text
-            metrics |= {"contrastive": text, "logit_scale": features["log_scale"].exp()}
-        return loss, metrics
+        captions = len(features["text_BD"]) if self.text_losses is not None else 0
+        image_loss, parts = self._image_loss(features["i2i_BD"], batch, captions)
+        if self.text_losses is None:
+            return image_loss, parts
+        if captions:
+            rows = _captioned(batch, captions)
+            text_loss, text_parts = self.text_losses(features, rows, states, self.moco)
+            parts |= {f"text_{name}" if name in parts else name: part for name, part in text_parts.items()}
+        else:
+            text_loss = _zero((features["log_scale"], *self.text_losses.parameters()))
+        every = self.setting.conflict_every
+        if every and captions and parts and self.training and self._steps % every == 0:
+            parts |= gradient_cosines(self.encoder.visual, image_loss, text_loss)
+        return image_loss + self.setting.text_weight * text_loss, parts
+
+    def after_step(self, states: Sequence[State], updated: bool, weights: Weights) -> None:
+        """See `Stage.after_step`."""
+        self._steps += 1
+        super().after_step([state for state in states if state], updated, weights)
+
+    def _image_loss(self, image_BD: Tensor, batch: Batch, captions: int) -> tuple[Tensor, dict[str, Tensor]]:
+        pid_B = batch["pid_B"]
+        if self.setting.image_rows == "uncaptioned" and "captioned_B" in batch:
+            others = _first(~batch["captioned_B"], len(pid_B) - captions)
+            image_BD, pid_B = image_BD[others], pid_B[others]
+        if not len(pid_B):
+            return _zero((image_BD, *self.image_losses.parameters())), {}
+        loss: tuple[Tensor, dict[str, Tensor]] = self.image_losses(image_BD, pid_B)
+        return loss
+
+
+def _captioned(batch: Batch, captions: int) -> Batch:
+    """The captioned rows of a batch, T of them; text has no others."""
+    rows = _places(batch, captions)
+    if rows is None:
+        return batch
+    return {name: x if "token" in name or "label" in name else x[rows] for name, x in batch.items()}
+
+
+def _places(batch: Batch, captions: int) -> Tensor | None:
+    """Which rows have captions; None: all. Shape: (T,)."""
+    return _first(batch["captioned_B"], captions) if "captioned_B" in batch else None
+
+
+def _first(chosen_B: Tensor, count: int) -> Tensor:
+    """The places of so many chosen rows, in order: without waiting for the device, unlike `nonzero`."""
+    return chosen_B.to(torch.uint8).argsort(descending=True, stable=True)[:count]
+
+
+def _zero(tensors: Iterable[Tensor]) -> Tensor:
+    """0 that depends on tensors: their gradient is zero, not none."""
+    return torch.stack([(x * 0).sum() for x in tensors]).sum()

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reid_dist.config import ContrastiveLoss
+from reid_dist.config import ContrastiveLoss, TextLoss
 from reid_dist.distributed import all_gather, check_equal_on_ranks
 from reid_dist.kernels.contrastive import Mask, moco_from_lse, supcon_from_lse
 from reid_dist.kernels.reference import row_products
@@ -18,7 +18,7 @@ from reid_dist.models.dual_encoder import DualEncoder
 from reid_dist.models.momentum import TOWERS, MomentumEncoder
 from reid_dist.models.queue import FeatureQueue
 from reid_dist.models.queue_ring import Modality
-from reid_dist.stages.base import Batch, Placement, State, Weights
+from reid_dist.stages.contract import Batch, State, Surroundings, Weights
 
 
 class MomentumContrast:
@@ -40,7 +40,7 @@ class MomentumContrast:
         encoder: the one that trains.
         frozen: its towers that do not train: their own features are the keys.
         setting: of the loss.
-        place: where the queue lives; in bfloat16 unless the precision is fp32.
+        place: the run; the queue is in bfloat16 unless the precision is fp32.
         positives: see above.
         ids: the batch's entry that says which keys are of one identity.
     """
@@ -50,7 +50,7 @@ class MomentumContrast:
         encoder: DualEncoder,
         frozen: Sequence[str],
         setting: ContrastiveLoss,
-        place: Placement,
+        place: Surroundings,
         positives: Literal["identity", "pair"],
         ids: str,
     ) -> None:
@@ -68,7 +68,10 @@ class MomentumContrast:
         # Under autocast the copy stays fp32, as the encoder does.
         cast = torch.bfloat16 if place.precision == "pure_bf16" else torch.float32
         towers = [tower for tower in TOWERS if tower not in frozen]
-        self.key_encoder = MomentumEncoder(encoder, towers, setting.momentum, setting.key_head, cast)
+        redrawn = isinstance(setting, TextLoss) and setting.key_start == "redrawn"
+        self.key_encoder = MomentumEncoder(
+            encoder, towers, setting.momentum, setting.key_head, cast, place.seed if redrawn else None
+        )
         self._commits = 0
 
     def bytes_beside(self, world_size: int) -> float:

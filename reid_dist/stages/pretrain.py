@@ -1,27 +1,68 @@
 """Generic image-text pretraining: a contrastive loss on pairs without identities."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
 
 from reid_dist.config import PretrainLoss
+from reid_dist.losses.contrastive import contrastive_loss
+from reid_dist.losses.sigmoid import sigmoid_loss
+from reid_dist.models.architecture import set_patch_dropout
 from reid_dist.models.dual_encoder import DualEncoder
-from reid_dist.stages.base import ALONE, Placement
-from reid_dist.stages.contrastive import ContrastiveStage
+from reid_dist.stages.base import Stage
+from reid_dist.stages.contract import ALONE, Batch, Features, State, Surroundings
+from reid_dist.stages.momentum_contrast import MomentumContrast
+from reid_dist.stages.text_losses import encode_pairs, fix_temperature
 
-PLAIN = PretrainLoss()
+_SIGMOID_BIAS = -10.0  # SigLIP's start: nearly all pairs of a batch do not match
 
 
-class PretrainStage(ContrastiveStage):
+class PretrainStage(Stage):
     """Each image against the captions and the reverse; the own pair is the only positive.
 
-    Within the global batch it is the loss of CLIP (Radford et al. 2021), against a queue that of CM-MoCo. A sample met
-    again is an identity: no negative of itself.
+    Within the global batch it is the loss of CLIP (Radford et al. 2021) or SigLIP (Zhai et al. 2023), against a queue
+    that of CM-MoCo. A sample met again is an identity: no negative of itself.
+
+    Args:
+        encoder: see `Stage`.
+        loss: settings.
+        freeze: see `Stage`.
+        run: the run that the stage is of.
+        train_prompts: see `Stage`.
+        patch_dropout: share of an image's patches that a step leaves out (Li et al. 2023, FLIP).
     """
 
     def __init__(
         self,
         encoder: DualEncoder,
-        loss: PretrainLoss = PLAIN,
+        loss: PretrainLoss,
         freeze: Iterable[str] = (),
-        place: Placement = ALONE,
+        run: Surroundings = ALONE,
+        train_prompts: bool = False,
+        patch_dropout: float = 0.0,
     ) -> None:
-        super().__init__(encoder, loss, freeze, place, positives="pair", ids="sample_id_B")
+        super().__init__(encoder, freeze, train_prompts)
+        self.setting = loss
+        fix_temperature(encoder, loss)
+        if patch_dropout:
+            set_patch_dropout(encoder.visual, patch_dropout)
+        if loss.objective == "sigmoid":
+            self.bias = nn.Parameter(torch.full((1,), _SIGMOID_BIAS))
+        if loss.queue_size:
+            self.moco = MomentumContrast(encoder, self.frozen, loss, run, "pair", "sample_id_B")
+
+    def features(self, batch: Batch, state: State) -> Features:
+        """See `Stage.features`."""
+        return encode_pairs(self.encoder, self.setting, batch, state.get("known", {}))
+
+    def loss(self, features: Features, batch: Batch, states: Sequence[State]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Stage.loss`."""
+        image_BD, text_BD, log_scale = features["image_BD"], features["text_BD"], features["log_scale"]
+        if self.moco is not None:
+            loss = self.moco.loss(image_BD, text_BD, log_scale, batch, states)
+        elif self.setting.objective == "sigmoid":
+            loss = sigmoid_loss(image_BD, text_BD, log_scale, self.bias, batch["sample_id_B"])
+        else:
+            loss = contrastive_loss(image_BD, text_BD, log_scale)
+        return loss, {"contrastive": loss, "logit_scale": log_scale.exp()}

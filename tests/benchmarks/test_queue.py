@@ -88,15 +88,6 @@ def test_command(tmp_path: Path) -> None:
     assert "measured here" in result.stdout and "cost model, NOT measured" in result.stdout
 
 
-def test_a_rank_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*_: Any, **__: Any) -> None:
-        raise queue.ProcessRaisedException("\n\n-- Process 1 terminated:\nTraceback\nRuntimeError: no memory\n", 1, 7)
-
-    monkeypatch.setattr(queue, "start_processes", failing)
-    with pytest.raises(UserError, match="queue benchmark on 1 ranks failed: RuntimeError: no memory"):
-        queue.measure_ranks(CASE)
-
-
 def test_picture(tmp_path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         pytest.skip("matplotlib is not installed (reid_dist[plot])")

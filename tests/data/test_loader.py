@@ -126,6 +126,30 @@ def test_weights_that_do_not_fit(three: TrainingSamples, build: Build) -> None:
         TrainLoader(empty, Sampling(12, weights=(1, 1)))
 
 
+@pytest.fixture
+def told(build: Build) -> TrainingSamples:
+    counts = {"one": 2, "two": 1, "three": 3, "bare": 0}
+    sets = [ShardSet(build(name, train=9, captions=count)) for name, count in counts.items()]
+    return TrainingSamples(sets, (16, 8), TOKENIZER, Augment(pad=2), allow_uncaptioned=True)
+
+
+def test_captions_of_several_sets_are_shared_out_together(told: TrainingSamples) -> None:
+    # Each captioned set has a third of a row in the mean.
+    loaders = [TrainLoader(told, Sampling(8, weights=(1, 1, 1, 3)), rank, 4) for rank in range(4)]
+    for step in zip(*(loader.steps(0, 8) for loader in loaders), strict=True):
+        assert [len(batch["token_BL"]) for (batch,) in step] == [1] * 4
+    with pytest.raises(UserError, match=r"0\.5 of the 1 rows of a rank's micro-batch"):
+        TrainLoader(told, Sampling(8, weights=(1, 1, 1, 3)), 0, 8)
+
+
+@pytest.mark.parametrize("settings", [{"weights": (1, 1, 2, 4)}, {"mixing": "alternating"}])
+def test_workers_hand_over_batches_with_some_or_no_captions(told: TrainingSamples, settings: dict[str, Any]) -> None:
+    sampling = Sampling(8, accumulation=2, **settings)
+    alone, other = ([_join(step) for step in TrainLoader(told, sampling, workers=n).steps(2, 11)] for n in (0, 2))
+    assert _equal(alone, other) and all(x["captioned_B"].dtype == torch.bool for x in other)
+    assert {len(batch["token_BL"]) for batch in other} == ({4} if "weights" in settings else {0, 8})
+
+
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # the machine has fewer cores
 @pytest.mark.parametrize("workers", [1, 3])

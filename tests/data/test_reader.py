@@ -136,6 +136,8 @@ def _unhashed(folder: Path) -> None:
         ("pid", 99, "identity that is not listed"),
         ("role", 9, "unknown role"),
         ("split", -1, "unknown split"),
+        ("captions", -1, "more captions than"),
+        ("captions", 2_000_000_000, "more captions than"),
         ("image_size", 2_000_000_000, "above the cap"),
         ("json_size", 70_000, "above the cap"),
         ("image_offset", 2**62, "outside its shard"),

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from reid_dist.data.sampler import SPARES, Mix, Plan, Step, local_batch_size, micro_batches, occurrences
+from reid_dist.data.sampler import SPARES, Plan, Step, local_batch_size, micro_batches, occurrences
 from reid_dist.data.units import Identities, Samples
 from reid_dist.errors import UserError
 
@@ -91,46 +91,6 @@ def test_refusals() -> None:
         Plan([Identities(np.arange(9), pid, 1), Identities(pid, pid, 1)], 6, 0, weights=[1, 1])
     with pytest.raises(UserError, match=r"the training set has no samples; check data\.root"):
         Plan([Samples(0)], 4, 0)
-
-
-@pytest.mark.parametrize(
-    ("weights", "units"),
-    [([5, 3, 2], 10), ([0.5, 0.3, 0.2], 7), ([1, 1, 1], 7), ([0.97, 0.03], 5), ([1 / 3, 0.1, 3], 16), ([4], 9)],
-)
-def test_a_mix_is_exact_in_the_long_run_and_spread_evenly(weights: list[float], units: int) -> None:
-    mix = Mix(weights, units)
-    share = np.array(weights) / sum(weights)
-    total = np.zeros(len(weights), dtype=int)
-    for step in range(300):
-        assert [mix.taken(number, step) for number in range(len(weights))] == total.tolist()
-        assert np.abs(total - step * units * share).max() <= len(weights) / 2
-        owners = mix.owners(step)
-        found = np.bincount(owners, minlength=len(weights))
-        assert (found <= mix.most()).all() and len(owners) == units
-        # Halves of a batch hold about the same mix, so micro-batches and ranks do too.
-        half = np.bincount(owners[: units // 2], minlength=len(weights))
-        assert np.abs(half - (units // 2) * share).max() <= len(weights)
-        total += found
-    if weights == [5, 3, 2]:
-        assert total.tolist() == [1500, 900, 600]
-
-
-def test_a_mix_knows_where_a_step_begins() -> None:
-    mix = Mix([0.7, 0.2, 0.1], 6)
-    for number in range(3):
-        for position in range(40):
-            before, after = mix.seam(number, position)
-            step = next(each for each in itertools.count() if mix.taken(number, each + 1) > position)
-            assert before == position - mix.taken(number, step)
-            assert after == mix.taken(number, step + 1) - position
-
-
-def test_shares_stay_exact_after_a_long_run() -> None:
-    mix = Mix([0.123457, 0.876543], 4096)
-    step = 100_000_000
-    assert mix.taken(0, step) == round(step * 4096 * 123457 / 1_000_000)
-    assert mix.taken(0, step) + mix.taken(1, step) == step * 4096
-    assert np.bincount(mix.owners(step)).sum() == 4096
 
 
 def test_sets_of_a_mix_run_their_own_epochs() -> None:

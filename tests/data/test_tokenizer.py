@@ -39,6 +39,18 @@ def test_word_ids() -> None:
     assert tokenizer([]).shape == (0, 6)
 
 
+def test_words_alone() -> None:
+    tokenizer = WordTokenizer(["red", "coat"], context_length=4, vocab_size=4, framed=False)
+    tokens = tokenizer(["A red coat, red.", "coat", "", "one two three four red"])
+    assert tokens.tolist() == [[1, 2, 3, 2], [3, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]
+    assert tokenizer.truncated_share(["a b c d", "a b c d e"]) == 0.5
+    assert tokenizer.word_ids == (2, 4) and tokenizer.word_numbers(tokens[0].numpy()).tolist() == [-1, 0, 1, 2]
+    masked_L, label_L = mask_words(tokenizer, tokens[0].numpy(), np.random.default_rng(0), 0.99)
+    assert (label_L[1:] == tokens[0, 1:].numpy()).all() and label_L[0] == NO_LABEL and len(masked_L) == 4
+    with pytest.raises(UserError, match="needs vocab_size >= 4"):
+        WordTokenizer(["red", "coat"], 4, 3, framed=False)
+
+
 def test_shares() -> None:
     tokenizer = WordTokenizer(["a", "man"], context_length=4, vocab_size=10)
     assert tokenizer.truncated_share(["a man", "a tall man", "a", "man man man"]) == 0.5
@@ -219,6 +231,48 @@ def test_share_of_hidden_words() -> None:
         assert least <= min(counts) and max(counts) <= most
     first = [np.flatnonzero(mask_words(tokenizer, token_L, sample_rng(0, 0, r), 0.0)[1] + 100)[0] for r in range(400)]
     assert len(set(first)) == known  # the one that is hidden at least may be any
+
+
+def test_single_tokens_are_hidden_as_irra_does() -> None:
+    """Eligible by 0 < id < 49405, each by itself; rates within 4 standard errors (methods.md A4)."""
+    tokenizer = build_tokenizer(None, "ViT-B-16", 40, 49408)
+    token_L = tokenizer([f"{SENTENCE} shoes jekyll"])[0].numpy()
+    token_L[token_L.argmax() - 2] = 0  # "!" inside of a word, and padding
+    eligible = [place for place, token in enumerate(token_L.tolist()) if 0 < token < 49405]
+    assert len(eligible) == token_L.argmax() - 3  # neither start, "!" nor the mask's own word
+    spans = [span for span in _words_of(tokenizer, SENTENCE) if len(span) > 1]
+    rounds, labelled, fates, split = 4000, np.zeros(40), {"mask": 0, "same": 0, "wrong": 0}, 0
+    for row in range(rounds):
+        masked_L, label_L = mask_words(tokenizer, token_L, sample_rng(0, 1, row), form="tokens")
+        asked_L = label_L != NO_LABEL
+        assert asked_L.any() and set(np.flatnonzero(asked_L)) <= set(eligible)
+        assert (label_L[asked_L] == token_L[asked_L]).all() and (masked_L[~asked_L] == token_L[~asked_L]).all()
+        labelled += asked_L
+        split += any(asked_L[span].any() and not asked_L[span].all() for span in spans)
+        if asked_L.sum() > 1:  # not those that are hidden because none was
+            for new, old in zip(masked_L[asked_L], token_L[asked_L], strict=True):
+                fates["mask" if new == 49405 else "same" if new == old else "wrong"] += 1
+                assert 0 < new <= 49405
+    assert split > rounds / 10  # a word's pieces go by themselves
+    none = 0.85 ** len(eligible)
+    for place in eligible:
+        share = 0.15 + (none if place == 1 else 0)
+        assert abs(labelled[place] / rounds - share) < 4 * (share / rounds) ** 0.5, place
+    for fate, share in (("mask", 0.8), ("same", 0.1), ("wrong", 0.1)):
+        assert abs(fates[fate] / sum(fates.values()) - share) < 4 * (share / sum(fates.values())) ** 0.5, fate
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_where_no_token_is_chosen_the_first_becomes_the_mask(number: int) -> None:
+    tokenizer = _tokenizers()[number]
+    token_L = tokenizer([SENTENCE])[0].numpy()
+    for row in range(50):
+        masked_L, label_L = mask_words(tokenizer, token_L, sample_rng(0, 0, row), 0.0, "tokens")
+        assert np.flatnonzero(label_L != NO_LABEL).tolist() == [1] and label_L[1] == token_L[1]
+        assert masked_L[1] == tokenizer.mask_id and (masked_L[2:] == token_L[2:]).all()
+    for nothing in (tokenizer([""])[0].numpy(), np.zeros(30, np.int64)):
+        masked_L, label_L = mask_words(tokenizer, nothing, sample_rng(0, 0, 0), 0.5, "tokens")
+        assert np.array_equal(masked_L, nothing) and (label_L == NO_LABEL).all()
 
 
 def test_the_word_under_the_mask_is_never_asked_for() -> None:

@@ -87,8 +87,51 @@ def test_missing_captions(build: Build) -> None:
     shards = [ShardSet(build("one")), ShardSet(build("two", captions=0))]
     with pytest.raises(UserError, match=r"two: 15 of 15 training samples have no caption, the first is s000; .*leave"):
         TrainingSamples(shards, (16, 8), TOKENIZER)
-    samples = TrainingSamples(shards, (16, 8), TOKENIZER, allow_uncaptioned=True)
-    assert samples.batch(_task(0, 15))["token_BL"].any(dim=1).tolist() == [True, False]
+    assert TrainingSamples(shards, (16, 8), TOKENIZER, allow_uncaptioned=True).partly_captioned
+    assert not TrainingSamples(shards, (16, 8), allow_uncaptioned=True).partly_captioned
+    assert not TrainingSamples(shards[:1], (16, 8), TOKENIZER, allow_uncaptioned=True).partly_captioned
+
+
+def test_only_captioned_rows_have_tokens(build: Build) -> None:
+    shards = [ShardSet(build("one")), ShardSet(build("two", captions=0)), ShardSet(build("three", captions=3))]
+    arguments = {"tokenizer": TOKENIZER, "allow_uncaptioned": True, "mask_probability": 0.5}
+    samples = TrainingSamples(shards, (16, 8), **arguments)
+    order = [20, 3, 31, 16, 44, 0, 29]
+    batch = samples.batch(_task(*order))
+    assert batch["captioned_B"].tolist() == [False, True, True, False, True, True, False]
+    assert batch["captioned_B"].dtype == torch.bool and batch["image_BCHW"].shape[0] == batch["pid_B"].shape[0] == 7
+    text = [name for name in batch if "_BL" in name]
+    assert sorted(text) == ["masked_label_BL", "masked_token_BL", "token_BL"]
+    for set_number, ids in ((0, [3, 0]), (2, [31, 44])):
+        first = 30 if set_number else 0
+        alone = TrainingSamples([shards[set_number]], (16, 8), **arguments)
+        assert "captioned_B" not in alone.batch(_task(0))
+        choices = [TOKENIZER(alone.captions(each - first)).tolist() for each in ids]
+        rows = batch["token_BL"][[0, 3] if set_number == 0 else [1, 2]].tolist()
+        assert all(row in choice for row, choice in zip(rows, choices, strict=True))
+    for each, tokens in enumerate(batch["token_BL"]):  # each row is what it would be alone
+        sample = [each for each in order if samples.captioned_S[samples.set_N[each]]][each]
+        assert torch.equal(samples.batch(_task(sample))["token_BL"][0], tokens)
+    none = samples.batch(_task(20, 16))
+    assert none["captioned_B"].tolist() == [False, False]
+    assert all(none[name].shape == (0, 8) and none[name].dtype == torch.int64 for name in text)
+    assert samples.batch(_task(3, 31))["captioned_B"].tolist() == [True, True]
+
+
+def test_a_set_is_captioned_as_a_whole_or_not_at_all(tmp_path: Path, build: Build) -> None:
+    one = ShardSet(build("one"))
+    entries = one.index.copy()
+    entries["captions"][[1, 2]] = 0
+    one.index = entries
+    with pytest.raises(
+        UserError, match=r"one: 2 of 15 .* have no caption, the first is s001; a set has captions for all"
+    ):
+        TrainingSamples([one, ShardSet(build("two"))], (16, 8), TOKENIZER, allow_uncaptioned=True)
+    bare = [ShardSet(build("bare", captions=0)), ShardSet(build("naked", captions=0))]
+    with pytest.raises(
+        UserError, match=r"bare, .*naked: no captions, but this stage's loss has text_weight; add a capt"
+    ):
+        TrainingSamples(bare, (16, 8), TOKENIZER, allow_uncaptioned=True)
 
 
 def test_excluded_identities_are_dropped_before_numbering(build: Build) -> None:
@@ -181,19 +224,34 @@ def test_every_use_has_random_numbers_of_its_own(build: Build, monkeypatch: pyte
 
 
 def test_masked_words(build: Build) -> None:
-    shards = [ShardSet(build("one", captions=3)), ShardSet(build("two", captions=0))]
-    samples = TrainingSamples(shards, (16, 8), TOKENIZER, allow_uncaptioned=True, mask_probability=0.5)
-    plain = TrainingSamples(shards, (16, 8), TOKENIZER, allow_uncaptioned=True)
-    batch, again = samples.batch(_task(*range(20))), samples.batch(_task(*range(20)))
-    assert torch.equal(batch["token_BL"], plain.batch(_task(*range(20)))["token_BL"])
+    shards = [ShardSet(build("one", captions=3))]
+    samples = TrainingSamples(shards, (16, 8), TOKENIZER, mask_probability=0.5)
+    plain = TrainingSamples(shards, (16, 8), TOKENIZER)
+    batch, again = samples.batch(_task(*range(15))), samples.batch(_task(*range(15)))
+    assert torch.equal(batch["token_BL"], plain.batch(_task(*range(15)))["token_BL"])
     token, masked, label = batch["token_BL"], batch["masked_token_BL"], batch["masked_label_BL"]
     assert masked.dtype == label.dtype == torch.int64 and torch.equal(label, again["masked_label_BL"])
     asked = label != NO_LABEL
     assert torch.equal(label[asked], token[asked]) and torch.equal(masked[~asked], token[~asked])
-    assert asked[:15].any(dim=1).all() and not asked[15:].any() and not token[15:].any()
-    other = samples.batch(_task(*range(20), epoch=1, occurrence=1))
-    assert not torch.equal(other["masked_label_BL"][:15], label[:15])
+    assert asked.any(dim=1).all()
+    other = samples.batch(_task(*range(15), epoch=1, occurrence=1))
+    assert not torch.equal(other["masked_label_BL"], label)
     assert "masked_label_BL" not in plain.batch(_task(0))
+
+
+def test_the_form_of_masking_is_handed_on(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = []
+
+    def record(*arguments: object) -> tuple[np.ndarray, np.ndarray]:
+        forms.append(arguments[3:])
+        return np.zeros(8, int), np.zeros(8, int)
+
+    monkeypatch.setattr(training_samples, "mask_words", record)
+    for settings in ({}, {"mask_form": "tokens"}):
+        TrainingSamples(
+            [ShardSet(build(f"s{len(forms)}"))], (16, 8), TOKENIZER, mask_probability=0.3, **settings
+        ).batch(_task(0))
+    assert forms == [(0.3, "words"), (0.3, "tokens")]
 
 
 def _spared(*ids: int, spares: list[int]) -> BatchTask:
@@ -216,13 +274,14 @@ def test_a_spare_takes_the_place_of_a_bad_sample(build: Build) -> None:
         samples.batch(_spared(6, 7, spares=[3]))
 
 
-def test_a_spare_without_a_caption_does_not_keep_that_of_the_bad_sample(build: Build) -> None:
+def test_a_spare_is_captioned_where_the_bad_sample_was(build: Build) -> None:
+    # Otherwise one rank would have fewer captions than the others.
     shards = [ShardSet(build("one", spoil=7)), ShardSet(build("two", captions=0))]
     samples = TrainingSamples(shards, (16, 8), TOKENIZER, allow_uncaptioned=True, mask_probability=0.9)
-    batch = samples.batch(_spared(6, 7, spares=[16]), bad=[])
-    assert batch["sample_id_B"].tolist() == [6, 16]
-    assert batch["token_BL"].any(dim=1).tolist() == [True, False]
-    assert (batch["masked_label_BL"] != NO_LABEL).any(dim=1).tolist() == [True, False]
+    batch = samples.batch(_spared(16, 7, spares=[17, 6]), bad=[])
+    assert batch["sample_id_B"].tolist() == [16, 6] and batch["captioned_B"].tolist() == [False, True]
+    assert len(batch["token_BL"]) == 1 and batch["token_BL"].any()
+    assert TrainingSamples(shards, (16, 8)).batch(_spared(16, 7, spares=[17, 6]), bad=[])["sample_id_B"][1] == 17
 
 
 def test_nothing_that_could_stand_for_a_bad_sample(build: Build) -> None:
@@ -247,7 +306,7 @@ def test_a_damaged_record_is_a_bad_sample(build: Build) -> None:
 
 def test_refusals(build: Build) -> None:
     one = ShardSet(build("one"))
-    with pytest.raises(UserError, match=r"same identities.*--dataset"):
+    with pytest.raises(UserError, match=r"same identities, 5 of them, the first is one:0; leave .*--dataset"):
         TrainingSamples([one, one], (16, 8))
     with pytest.raises(UserError, match="no training samples"):
         TrainingSamples([ShardSet(build("none", train=0))], (16, 8))

@@ -204,6 +204,16 @@ def test_erase_takes_the_share_that_was_asked_for() -> None:
     assert not image.any()
 
 
+def test_erase_with_a_colour_covers_what_noise_would() -> None:
+    image = np.full((64, 32, 3), 255, dtype=np.uint8)
+    for row in range(50):
+        noise = Augment(flip=0, erase=1)(image, sample_rng(0, 0, row))
+        plain = Augment(flip=0, erase=1, erase_fill=(156, 147, 133))(image, sample_rng(0, 0, row))
+        covered = (plain != image).all(axis=2)
+        assert covered.any() and (plain[covered] == (156, 147, 133)).all()
+        assert not (noise != image)[~covered].any()
+
+
 def test_erase_probability() -> None:
     image = np.zeros((16, 8, 3), np.uint8)
     erased = [Augment(erase=0.5)(image, sample_rng(1, 0, row)).any() for row in range(400)]

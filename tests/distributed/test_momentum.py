@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reid_dist.config import EngineConfig, OptimizerConfig
+from reid_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from reid_dist.distributed import rank
 from reid_dist.engine import Engine
-from reid_dist.models.dual_encoder import build_dual_encoder
+from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.models.momentum import MomentumEncoder
 from reid_dist.optim import build_optimizer, parameter_groups
-from reid_dist.stages.base import Batch, Stage, StageOutput
+from reid_dist.stages.base import Stage
+from reid_dist.stages.contract import Batch, StageOutput
 
 ARCHITECTURE = str(Path(__file__).parents[2] / "configs" / "models" / "row_conv_tiny.json")
 SGD = OptimizerConfig(name="sgd", lr=0.1, momentum=0.9, weight_decay=0.01, bias_lr_multiplier=2.0)
@@ -35,7 +36,7 @@ class TowardsTargets(Stage):
 
     def __init__(self, dtype: torch.dtype = torch.float32, architecture: str = ARCHITECTURE) -> None:
         torch.manual_seed(0)
-        super().__init__(build_dual_encoder(architecture, (64, 32)))
+        super().__init__(build_dual_encoder(ModelConfig(architecture=architecture, image_size=(64, 32))))
         self.key_encoder = MomentumEncoder(self.encoder, ("visual", "text"), MOMENTUM, dtype=dtype)
 
     def forward(self, batch: Batch) -> StageOutput:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from reid_dist.config import EngineConfig, I2ILoss, OptimizerConfig, PretrainLoss, T2ILoss
+from reid_dist.config import EngineConfig, I2ILoss, ModelConfig, OptimizerConfig, PretrainLoss, TextLoss
 from reid_dist.distributed import mean_over_ranks, rank, world_size
 from reid_dist.engine import Engine
-from reid_dist.models.dual_encoder import build_dual_encoder
+from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.optim import build_optimizer, parameter_groups
-from reid_dist.stages.base import Batch, Placement, Stage, Weights
-from reid_dist.stages.contrastive import ContrastiveStage
+from reid_dist.stages.base import Stage
+from reid_dist.stages.contract import Batch, Surroundings, Weights
 from reid_dist.stages.i2i import I2IStage
 from reid_dist.stages.pretrain import PretrainStage
 from reid_dist.stages.t2i import T2IStage
@@ -31,15 +31,15 @@ SGD = OptimizerConfig(name="sgd", lr=0.02, momentum=0.9, weight_decay=0.01, new_
 TOLERANCE = 1e-5
 # 40 slots: wrapped in the third step, and no multiple of anything. Momentum 0.5: a key encoder that moves.
 QUEUE = {"queue_size": 40, "momentum": 0.5}
-PUBLISHED = T2ILoss(positives="pair", queue_mask="batch", temperature=0.07, **QUEUE)
+PUBLISHED = TextLoss(positives="pair", queue_mask="batch", temperature=0.07, **QUEUE)
 LOSSES = {
-    "t2i": T2ILoss(),
+    "t2i": TextLoss(),
     "t2i_published": PUBLISHED,
-    "t2i_queue": T2ILoss(key_head="live", **QUEUE),
-    "t2i_in_batch": T2ILoss(in_batch_negatives=True, **QUEUE),
-    "t2i_batch_mask": T2ILoss(queue_mask="batch", queue_sharded=True, **QUEUE),
-    "t2i_sharded": T2ILoss(in_batch_negatives=True, queue_sharded=True, **QUEUE),
-    "t2i_frozen": T2ILoss(in_batch_negatives=True, **QUEUE),
+    "t2i_queue": TextLoss(key_head="live", **QUEUE),
+    "t2i_in_batch": TextLoss(in_batch_negatives=True, **QUEUE),
+    "t2i_batch_mask": TextLoss(queue_mask="batch", queue_sharded=True, **QUEUE),
+    "t2i_sharded": TextLoss(in_batch_negatives=True, queue_sharded=True, **QUEUE),
+    "t2i_frozen": TextLoss(in_batch_negatives=True, **QUEUE),
     "pretrain": PretrainLoss(),
     "pretrain_queue": PretrainLoss(**QUEUE),
     "pretrain_in_batch": PretrainLoss(in_batch_negatives=True, **QUEUE),
@@ -58,15 +58,15 @@ class Case(NamedTuple):
 
 def make_stage(name: str, rows: int, precision: Literal["fp32", "bf16", "pure_bf16"] = "fp32") -> Stage:
     torch.manual_seed(1)
-    encoder = build_dual_encoder(ARCHITECTURE, (64, 32))
-    place = Placement(rows, precision=precision)
+    encoder = build_dual_encoder(ModelConfig(architecture=ARCHITECTURE, image_size=(64, 32)))
+    place = Surroundings(rows, precision=precision)
     if name.startswith("i2i"):
-        return I2IStage(encoder, encoder.features, IDENTITIES, I2ILoss(text_weight=0.5))
+        return I2IStage(encoder, I2ILoss(text_weight=0.5), run=Surroundings(identities=IDENTITIES))
     freeze = ("visual",) if name == "t2i_frozen" else ()
     loss = LOSSES[name]
     return (
         T2IStage(encoder, loss, freeze, place)
-        if isinstance(loss, T2ILoss)
+        if isinstance(loss, TextLoss)
         else PretrainStage(encoder, loss, freeze, place)
     )
 
@@ -94,7 +94,7 @@ def own_rows(batch: Batch, micro_steps: int) -> list[Batch]:
 
 def kept_beside(stage: Stage) -> dict[str, Any]:
     """Queue and momentum encoders; a queue's shard by its number."""
-    if not isinstance(stage, ContrastiveStage) or stage.moco is None:
+    if not isinstance(stage, Stage) or stage.moco is None:
         return {}
     ring = stage.moco.queue.ring
     slots = slice(0, ring.slots)

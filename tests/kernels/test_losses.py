@@ -14,6 +14,7 @@ from reid_dist.kernels.contrastive import (
     moco_from_lse,
     moco_nce,
     pair_attend,
+    pair_moments,
     queue_attend,
     sdm,
     siglip,
@@ -164,6 +165,21 @@ def test_sdm_is_the_formula_of_irra(pair_inputs: tuple, backend: str) -> None:
         expected += direction(transposed, column_ids.tolist(), row_ids.tolist(), epsilon)
         found = sdm(rows, columns, row_ids, column_ids, log_scale, epsilon, backend=backend)
         assert float(found) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_moments_are_sums_over_each_softmax(pair_inputs: tuple, backend: str) -> None:
+    rows, columns, row_ids, column_ids, log_scale = pair_inputs
+    row_ids[4] = column_ids[3] = EMPTY
+    logits = log_scale.exp() * rows @ columns.T
+    logits[4], logits[:, 3] = -torch.inf, -torch.inf
+    same = row_ids[:, None] == column_ids[None, :]
+    found = pair_moments(rows, columns, row_ids, column_ids, log_scale, backend=backend)
+    for moments, x, positive in ((found[0], logits, same), (found[1], logits.T, same.T)):
+        for i in range(len(x)):
+            p = x[i].softmax(0).nan_to_num(0.0)
+            expected = [x[i].logsumexp(0), torch.special.xlogy(p, p).sum(), p[positive[i]].sum(), p[~positive[i]].sum()]
+            torch.testing.assert_close(moments[:, i], torch.stack(expected), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -27,11 +27,11 @@ def _on_this_rank(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor,
 
 @pytest.fixture
 def assert_ranks_equal_one_process(run_ranks: Callable[..., list]) -> Callable[..., None]:
-    """Checks `loss(*inputs)` on 2 and on 3 ranks, rows shared out in order, against one process."""
+    """Checks `loss(*inputs)` on `worlds` of ranks, rows shared out in order, against one process."""
 
-    def check(loss: Callable[..., Tensor], *inputs: Tensor) -> None:
+    def check(loss: Callable[..., Tensor], *inputs: Tensor, worlds: tuple[int, ...] = (2, 3)) -> None:
         expected_value, expected_gradients = value_and_gradients(loss, *inputs)
-        for world in (2, 3):
+        for world in worlds:
             found = run_ranks(world, _on_this_rank, loss, *inputs)
             for value, _ in found:
                 torch.testing.assert_close(value, expected_value.double(), rtol=1e-12, atol=1e-12)

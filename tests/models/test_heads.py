@@ -1,10 +1,11 @@
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from reid_dist.distributed import rank, world_size
-from reid_dist.models.heads import BNNeck, IdentityClassifier
+from reid_dist.models.heads import BNNeck, IdentityClassifier, LinearClassifier, NormalizedClassifier
 
 FEATURES = 5
 ROWS = 12
@@ -122,3 +123,35 @@ def test_classifier_is_linear_in_the_normalised_features() -> None:
     expected = nn.BatchNorm1d(FEATURES).double()(batch) @ head.classifier.weight.T
     torch.testing.assert_close(head(batch), expected)
     assert 0.0005 < float(head.classifier.weight.detach().std()) < 0.002
+
+
+def test_the_linear_head_of_irra_starts_small_and_without_a_bias() -> None:
+    torch.manual_seed(0)
+    head = LinearClassifier(64, 300)
+    feature = 5 * torch.randn(7, 64)
+    parameters = dict(head.named_parameters())
+    weight, bias = parameters["classifier.weight"].detach(), parameters["classifier.bias"].detach()
+    assert float(weight.std()) == pytest.approx(0.001, rel=0.03) and bool((bias == 0).all())
+    nn.init.normal_(head.classifier.bias)
+    torch.testing.assert_close(head(feature), feature @ weight.T + head.classifier.bias)
+
+
+def test_the_head_of_textreid_measures_along_unit_vectors_features_as_they_come() -> None:
+    torch.manual_seed(0)
+    head = NormalizedClassifier(FEATURES, 3).double()
+    feature = make_batches()[0]
+    logits = head(feature).tolist()
+    for row, x in zip(logits, feature.tolist(), strict=True):
+        for found, w in zip(row, head.weight.tolist(), strict=True):
+            expected = sum(a * b for a, b in zip(x, w, strict=True)) / sum(b * b for b in w) ** 0.5
+            assert found == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(head(3 * feature), 3 * head(feature))
+    assert torch.autograd.gradcheck(head, (feature[:2].clone().requires_grad_(),))
+
+
+def test_the_head_of_textreid_starts_as_xavier() -> None:
+    torch.manual_seed(0)
+    weight = NormalizedClassifier(256, 1000).weight.detach()
+    bound = (6 / (256 + 1000)) ** 0.5
+    assert float(weight.abs().max()) == pytest.approx(bound, rel=1e-3)
+    assert float(weight.std()) == pytest.approx(bound / 3**0.5, rel=0.01)

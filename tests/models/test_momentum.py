@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from reid_dist.config import ModelConfig
 from reid_dist.errors import UserError
-from reid_dist.models.dual_encoder import DualEncoder, build_dual_encoder, projection_names
+from reid_dist.models.architecture import build_dual_encoder
+from reid_dist.models.dual_encoder import DualEncoder
 from reid_dist.models.momentum import MomentumEncoder
+from reid_dist.models.projection import projection_names
 
 BOTH = ("visual", "text")
 KINDS = ("vit", "resnet", "row_conv")
@@ -20,7 +23,7 @@ KINDS = ("vit", "resnet", "row_conv")
 def make_encoder(architectures: dict[str, str]):
     def make(kind: str = "row_conv") -> DualEncoder:
         torch.manual_seed(0)
-        encoder = build_dual_encoder(architectures[kind], (64, 32)).train()
+        encoder = build_dual_encoder(ModelConfig(architecture=architectures[kind], image_size=(64, 32))).train()
         for parameter in encoder.parameters():  # open_clip starts a ResNet's blocks at zero
             nn.init.normal_(parameter, std=0.1)
         return encoder
@@ -254,7 +257,7 @@ def test_a_live_head_is_the_encoder_s_and_the_rest_is_averaged(kind: str, dtype:
 
 def test_a_live_head_of_a_tower_without_projection_is_refused() -> None:
     with torch.device("meta"):
-        encoder = build_dual_encoder("ViT-B-16-SigLIP", (224, 224))
+        encoder = build_dual_encoder(ModelConfig(architecture="ViT-B-16-SigLIP", image_size=(224, 224)))
         MomentumEncoder(encoder, ("text",), head="live")
         with pytest.raises(UserError, match=r"loss\.key_head: live .* visual tower .*use momentum"):
             MomentumEncoder(encoder, BOTH, head="live")
@@ -390,7 +393,7 @@ def test_start_moves_to_the_device_of_the_weights(dtype: torch.dtype, make_encod
 def test_it_is_built_and_run_on_fake_tensors(dtype: torch.dtype, architectures: dict[str, str]) -> None:
     """As the dry run does."""
     with torch.device("meta"):
-        encoder = build_dual_encoder(architectures["resnet"], (64, 32))
+        encoder = build_dual_encoder(ModelConfig(architecture=architectures["resnet"], image_size=(64, 32)))
     with FakeTensorMode(allow_non_fake_inputs=True):
         encoder.to_empty(device="cpu")
         keys = MomentumEncoder(encoder, BOTH, dtype=dtype, head="live")

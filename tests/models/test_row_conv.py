@@ -100,3 +100,28 @@ def test_each_stripe_of_rows_has_its_own_place_in_the_projection() -> None:
     features = tower(x)
     stripes = torch.nn.functional.silu(x).view(1, 16, 4, 2, 4).mean(dim=(3, 4))
     torch.testing.assert_close(features, stripes.flatten(1) @ tower.projection.weight.T + tower.projection.bias)
+
+
+def test_tokens_are_the_features_and_what_each_stripe_adds_to_them() -> None:
+    torch.manual_seed(0)
+    tower = RowConvTower(6, widths=(8, 16), groups=2, rows=4).double()
+    image = torch.randn(3, 3, 32, 16, dtype=torch.float64)
+    output = tower(image, details=True)
+    assert output.features.equal(tower(image)) and output.tokens.shape == (3, 1 + 4, 6)
+    assert output.tokens[:, 0].equal(output.features)
+    torch.testing.assert_close(output.tokens[:, 1:].sum(1) + tower.projection.bias, output.features)
+    # A stripe that is zero adds nothing, and no other changes.
+    shown = torch.tensor([1.0, 0, 1, 1]).repeat_interleave(2)[:, None]
+    tower.blocks[-1].register_forward_hook(lambda module, inputs, x_BCHW: x_BCHW * shown)
+    without = tower(image, details=True).tokens
+    assert not without[:, 2].any()
+    assert without[:, [1, 3, 4]].equal(output.tokens[:, [1, 3, 4]])
+
+
+def test_a_second_projection_begins_as_the_first() -> None:
+    tower, image = RowConvTower(6, widths=(8, 16), groups=2, rows=4, dual_token=True), torch.randn(2, 3, 32, 16)
+    output = tower(image, details=True)
+    assert output.i2i_features.equal(output.features)
+    output.i2i_features.sum().backward()
+    assert tower.projection.weight.grad is None and bool(tower.projection_i2i.weight.grad.any())
+    assert RowConvTower(6, widths=(8, 16), groups=2, rows=4)(image, details=True).i2i_features is None

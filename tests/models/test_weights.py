@@ -1,5 +1,4 @@
 import json
-import pickle
 import subprocess
 import sys
 import zipfile
@@ -15,11 +14,17 @@ from torch import Tensor, nn
 from reid_dist.checkpoint import save_export
 from reid_dist.config import ModelConfig
 from reid_dist.errors import UserError
-from reid_dist.models.dual_encoder import DualEncoder, build_dual_encoder, resize_position_embedding
+from reid_dist.models.architecture import build_dual_encoder
+from reid_dist.models.dual_encoder import DualEncoder
+from reid_dist.models.patches import resize_position_embedding
 from reid_dist.models.weights import canonical_names, load_weights, read_state_dict
 
 TOKENS = torch.tensor([[1, 7, 8, 49, 0, 0, 0, 0], [1, 9, 49, 0, 0, 0, 0, 0]])
 SIZE = (64, 64)
+
+
+def build(architecture: str, size: tuple[int, int], stride: int | None = None) -> DualEncoder:
+    return build_dual_encoder(ModelConfig(architecture=architecture, image_size=size, patch_stride=stride))
 
 
 def randomize(module: nn.Module) -> nn.Module:
@@ -79,7 +84,7 @@ def test_a_file_of_open_clip_gives_open_clip_s_features(
         torch.save({"epoch": 3, "state_dict": {f"module.{n}": v for n, v in clip.state_dict().items()}}, path)
     else:
         save_file(clip.state_dict(), path)
-    encoder = build_dual_encoder(architectures[name], SIZE)
+    encoder = build(architectures[name], SIZE)
     report = load_weights(encoder, str(path), architectures[name], SIZE)
     assert_same_model(encoder, clip)
     assert (report.resized, report.missing, report.unexpected) == ([], [], [])
@@ -94,7 +99,7 @@ def test_openai_s_state_dict_gives_open_clip_s_features(name: str, configs: dict
     assert state["logit_scale"].dim() == 0
     torch.save(state, tmp_path / "openai.pt")
     clip.load_state_dict({n: v.float() for n, v in state.items() if n in clip.state_dict()})  # rounded alike
-    encoder = build_dual_encoder(architecture, SIZE)
+    encoder = build(architecture, SIZE)
     report = load_weights(encoder, str(tmp_path / "openai.pt"), architecture, SIZE)
     assert_same_model(encoder, clip)
     assert all(parameter.dtype == torch.float32 for parameter in encoder.parameters())
@@ -107,9 +112,9 @@ def test_openai_s_weights_are_refused_without_their_activation(
     path = tmp_path / "openai.pt"
     torch.save(openai_state(make_clip(configs["vit"])), path)
     with pytest.raises(UserError, match=r'openai\.pt .*`"quick_gelu": true` over .*vit\.json'):
-        load_weights(build_dual_encoder(architectures["vit"], SIZE), str(path), architectures["vit"], SIZE)
+        load_weights(build(architectures["vit"], SIZE), str(path), architectures["vit"], SIZE)
     with torch.device("meta"):
-        encoder = build_dual_encoder("ViT-B-16", SIZE)
+        encoder = build("ViT-B-16", SIZE)
     with pytest.raises(UserError, match=r"choose ViT-B-16-quickgelu$"):
         load_weights(encoder, str(path), "ViT-B-16", SIZE)
 
@@ -117,7 +122,7 @@ def test_openai_s_weights_are_refused_without_their_activation(
 def test_names_with_a_text_tower_are_kept(architectures: dict[str, str], configs: dict, tmp_path: Path) -> None:
     custom = randomize(open_clip.CustomTextCLIP(**configs["vit"])).eval()
     torch.save(custom.state_dict(), tmp_path / "custom.pt")
-    encoder = build_dual_encoder(architectures["vit"], SIZE)
+    encoder = build(architectures["vit"], SIZE)
     report = load_weights(encoder, str(tmp_path / "custom.pt"), architectures["vit"], SIZE)
     assert (report.missing, report.unexpected) == ([], [])
     assert_same_model(encoder, custom)  # type: ignore[arg-type]
@@ -129,7 +134,7 @@ def test_a_square_grid_of_as_many_positions_is_resized_too(
     """8x2 has as many positions as 4x4; 512x128 in patches of 16 as many as 256x256."""
     clip = make_clip(configs["vit"])
     torch.save(clip.state_dict(), tmp_path / "square.pt")
-    encoder = build_dual_encoder(architectures["vit"], (128, 32))
+    encoder = build(architectures["vit"], (128, 32))
     report = load_weights(encoder, str(tmp_path / "square.pt"), architectures["vit"], (128, 32))
     expected = resize_position_embedding(clip.visual.positional_embedding.detach(), (4, 4), (8, 2))
     torch.testing.assert_close(encoder.get_parameter("visual.positional_embedding").detach(), expected)
@@ -143,7 +148,7 @@ def test_resized_positions_equal_the_resizer_s(
 ) -> None:
     clip = make_clip(configs["vit"])
     torch.save(clip.state_dict(), tmp_path / "square.pt")
-    encoder = build_dual_encoder(architectures["vit"], size, stride)
+    encoder = build(architectures["vit"], size, stride)
     report = load_weights(encoder, str(tmp_path / "square.pt"), architectures["vit"], size, mode)
     step = stride or 16
     grid = ((size[0] - 16) // step + 1, (size[1] - 16) // step + 1)
@@ -158,7 +163,7 @@ def test_resized_positions_equal_the_resizer_s(
 def test_a_resnet_s_attention_pool_is_resized(architectures: dict[str, str], configs: dict, tmp_path: Path) -> None:
     clip = make_clip(configs["resnet"])
     torch.save(clip.state_dict(), tmp_path / "square.pt")
-    encoder = build_dual_encoder(architectures["resnet"], (128, 64))
+    encoder = build(architectures["resnet"], (128, 64))
     report = load_weights(encoder, str(tmp_path / "square.pt"), architectures["resnet"], (128, 64))
     expected = resize_position_embedding(clip.visual.attnpool.positional_embedding.detach(), (2, 2), (4, 2))
     torch.testing.assert_close(encoder.get_parameter("visual.attnpool.positional_embedding").detach(), expected)
@@ -173,7 +178,7 @@ def export(
     told: tuple[int, int] | None = None,
 ) -> Tensor:
     """An export of ours whose manifest tells the size `told`; returns its position embedding."""
-    encoder = randomize(build_dual_encoder(architecture, size, stride))
+    encoder = randomize(build(architecture, size, stride))
     model = ModelConfig(architecture=architecture, image_size=told or size, patch_stride=stride)
     save_export(folder, {f"encoder.{n}": v for n, v in encoder.state_dict().items()}, model, None, {})
     return encoder.state_dict()["visual.positional_embedding"]
@@ -201,7 +206,7 @@ def test_an_export_of_another_size_is_resized_from_the_grid_that_its_manifest_te
 ) -> None:
     embedding = export(tmp_path / "export", architectures["vit"], size, stride)
     weights = tmp_path / "export" / ("model.safetensors" if named == "file" else "")
-    encoder = build_dual_encoder(architectures["vit"], new_size)
+    encoder = build(architectures["vit"], new_size)
     report = load_weights(encoder, str(weights), architectures["vit"], new_size)
     expected = resize_position_embedding(embedding, grid, new_grid)
     torch.testing.assert_close(encoder.get_parameter("visual.positional_embedding").detach(), expected)
@@ -214,7 +219,7 @@ def test_an_export_of_the_same_size_is_not_resized(
 ) -> None:
     """8x2 are 16, but no square."""
     embedding = export(tmp_path / "export", architectures["vit"], size, stride)
-    encoder = build_dual_encoder(architectures["vit"], size, stride)
+    encoder = build(architectures["vit"], size, stride)
     report = load_weights(encoder, str(tmp_path / "export"), architectures["vit"], size)
     assert report.resized == [] and encoder.get_parameter("visual.positional_embedding").equal(embedding)
 
@@ -227,7 +232,7 @@ def test_a_manifest_that_is_not_ours_or_tells_another_count_is_not_believed(
     for content in (None, manifest):
         if content is not None:
             (tmp_path / "export" / "manifest.json").write_text(content)
-        encoder = build_dual_encoder(architectures["vit"], (128, 32))
+        encoder = build(architectures["vit"], (128, 32))
         load_weights(encoder, str(tmp_path / "export"), architectures["vit"], (128, 32))
         expected = resize_position_embedding(embedding, (4, 4), (8, 2))
         torch.testing.assert_close(encoder.get_parameter("visual.positional_embedding").detach(), expected)
@@ -240,9 +245,9 @@ def test_a_timm_tower_s_positions_are_resized(trunk: str, pool: str, configs: di
     config["vision_cfg"] = {"timm_model_name": trunk, "timm_pool": pool}
     path = tmp_path / "timm.json"
     path.write_text(json.dumps(config))
-    square = randomize(build_dual_encoder(str(path), (128, 128))).eval()
+    square = randomize(build(str(path), (128, 128))).eval()
     torch.save(square.state_dict(), tmp_path / "square.pt")
-    encoder = build_dual_encoder(str(path), (192, 64)).eval()
+    encoder = build(str(path), (192, 64)).eval()
     report = load_weights(encoder, str(tmp_path / "square.pt"), str(path), (192, 64), "bicubic")
     assert (report.resized, report.missing) == (["visual.trunk.pos_embed"], [])
     square.visual.set_input_size((192, 64))  # type: ignore[operator]
@@ -251,15 +256,15 @@ def test_a_timm_tower_s_positions_are_resized(trunk: str, pool: str, configs: di
 
 
 def test_positions_that_fit_no_square_are_refused(architectures: dict[str, str], tmp_path: Path) -> None:
-    torch.save(build_dual_encoder(architectures["vit"], (96, 32)).state_dict(), tmp_path / "flat.pt")
-    encoder = build_dual_encoder(architectures["vit"], (64, 64))
+    torch.save(build(architectures["vit"], (96, 32)).state_dict(), tmp_path / "flat.pt")
+    encoder = build(architectures["vit"], (64, 64))
     with pytest.raises(UserError, match=r"12 grid positions.*4x4"):
         load_weights(encoder, str(tmp_path / "flat.pt"), architectures["vit"], (64, 64))
 
 
 def test_the_report_names_what_is_missing_and_what_is_unexpected(architectures: dict[str, str], tmp_path: Path) -> None:
-    encoder = build_dual_encoder(architectures["vit"], SIZE)
-    state = dict(randomize(build_dual_encoder(architectures["vit"], SIZE)).state_dict())
+    encoder = build(architectures["vit"], SIZE)
+    state = dict(randomize(build(architectures["vit"], SIZE)).state_dict())
     missing = [name for name in state if name.startswith("text.")]
     before = {name: encoder.state_dict()[name].clone() for name in missing}
     for name in missing:
@@ -282,7 +287,7 @@ def test_the_report_names_what_is_missing_and_what_is_unexpected(architectures: 
 def test_a_file_of_which_no_weight_fits_is_refused(extra: dict, architectures: dict[str, str], tmp_path: Path) -> None:
     """A temperature alone is no match either: every CLIP has one."""
     torch.save({"backbone.weight": torch.zeros(3), **extra}, tmp_path / "other.pt")
-    encoder = build_dual_encoder(architectures["vit"], SIZE)
+    encoder = build(architectures["vit"], SIZE)
     with pytest.raises(UserError, match=r"nothing in .*other\.pt"):
         load_weights(encoder, str(tmp_path / "other.pt"), architectures["vit"], SIZE)
 
@@ -291,10 +296,10 @@ def test_a_file_of_which_no_weight_fits_is_refused(extra: dict, architectures: d
 def test_a_shape_that_does_not_fit_is_told_and_nothing_is_loaded(
     name: str, architectures: dict[str, str], tmp_path: Path
 ) -> None:
-    state = dict(randomize(build_dual_encoder(architectures["vit"], SIZE)).state_dict())
+    state = dict(randomize(build(architectures["vit"], SIZE)).state_dict())
     state[name] = torch.zeros(10, 99) if name.endswith("embedding") else torch.zeros(4, 3, 2, 2)
     torch.save(state, tmp_path / "wide.pt")
-    encoder = build_dual_encoder(architectures["vit"], SIZE)
+    encoder = build(architectures["vit"], SIZE)
     before = encoder.state_dict()["visual.proj"].clone()
     with pytest.raises(UserError, match=rf"{name} in .*wide\.pt has shape .*wants"):
         load_weights(encoder, str(tmp_path / "wide.pt"), architectures["vit"], SIZE)
@@ -302,75 +307,10 @@ def test_a_shape_that_does_not_fit_is_told_and_nothing_is_loaded(
 
 
 def test_a_logit_scale_of_many_elements_is_told(architectures: dict[str, str], tmp_path: Path) -> None:
-    state = dict(build_dual_encoder(architectures["vit"], SIZE).state_dict()) | {"logit_scale": torch.zeros(3)}
+    state = dict(build(architectures["vit"], SIZE).state_dict()) | {"logit_scale": torch.zeros(3)}
     torch.save(state, tmp_path / "scales.pt")
     with pytest.raises(UserError, match="logit_scale"):
-        load_weights(build_dual_encoder(architectures["vit"], SIZE), str(tmp_path / "scales.pt"), "vit.json", SIZE)
-
-
-class Payload:
-    """What a malicious file does when unpickled: it leaves a mark."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.marker,)
-
-
-@pytest.mark.parametrize("how", ["pickle", "torch", "legacy", "beside tensors", "named safetensors"])
-def test_a_pickled_object_is_refused_without_running_it(
-    how: str, architectures: dict[str, str], tmp_path: Path
-) -> None:
-    marker = tmp_path / "executed"
-    path = tmp_path / ("evil.safetensors" if how == "named safetensors" else "evil.pt")
-    state = {
-        "state_dict": dict(build_dual_encoder(architectures["vit"], SIZE).state_dict()),
-        "optimizer": Payload(marker),
-    }
-    if how in ("pickle", "named safetensors"):
-        path.write_bytes(pickle.dumps(Payload(marker)))
-    elif how == "torch":
-        torch.save({"visual.proj": Payload(marker)}, path)
-    else:
-        torch.save(state, path, _use_new_zipfile_serialization=how != "legacy")
-    with pytest.raises(UserError, match="evil"):
-        read_state_dict(path)
-    assert not marker.exists()
-    if how != "named safetensors":
-        torch.load(path, weights_only=False) if how != "pickle" else pickle.loads(path.read_bytes())
-        assert marker.exists(), "this test's payload would not have run anyway"
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04", bytes(64)])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_damaged_file_is_told(content: bytes, suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"damaged{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.weights.*damaged"):
-        read_state_dict(path)
-
-
-def test_a_truncated_file_is_told(architectures: dict[str, str], tmp_path: Path) -> None:
-    for name, save in (("cut.pt", torch.save), ("cut.safetensors", save_file)):
-        save(build_dual_encoder(architectures["vit"], SIZE).state_dict(), tmp_path / name)
-        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-500])
-        with pytest.raises(UserError, match="cut"):
-            read_state_dict(tmp_path / name)
-
-
-@pytest.mark.parametrize("value", [[1, 2], {"a": 1}, {0: torch.zeros(1)}, {"state_dict": 3}, torch.zeros(2)])
-def test_a_file_of_something_else_is_told(value: Any, tmp_path: Path) -> None:
-    torch.save(value, tmp_path / "else.pt")
-    with pytest.raises(UserError, match=r"else\.pt is not a state dict"):
-        read_state_dict(tmp_path / "else.pt")
-
-
-def test_a_missing_file_and_an_empty_folder_are_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.pt does not exist"):
-        read_state_dict(tmp_path / "absent.pt")
-    with pytest.raises(UserError, match=r"model\.safetensors does not exist"):
-        read_state_dict(tmp_path)
+        load_weights(build(architectures["vit"], SIZE), str(tmp_path / "scales.pt"), "vit.json", SIZE)
 
 
 def test_a_folder_stands_for_the_weights_in_it(tmp_path: Path) -> None:
@@ -380,20 +320,20 @@ def test_a_folder_stands_for_the_weights_in_it(tmp_path: Path) -> None:
 
 def test_an_unknown_tag_is_told_without_the_network() -> None:
     with torch.device("meta"):
-        encoder = build_dual_encoder("ViT-B-32", (64, 64))
+        encoder = build("ViT-B-32", (64, 64))
     with pytest.raises(UserError, match=r"no tag 'opanai'.*openai"):
         load_weights(encoder, "open_clip:opanai", "ViT-B-32", (64, 64))
 
 
 def test_a_tag_of_the_other_activation_is_refused() -> None:
     with torch.device("meta"):
-        encoder = build_dual_encoder("ViT-B-32", (64, 64))
+        encoder = build("ViT-B-32", (64, 64))
     with pytest.raises(UserError, match="quickgelu"):
         load_weights(encoder, "open_clip:openai", "ViT-B-32", (64, 64))
 
 
 def test_a_tag_of_a_json_architecture_is_refused(architectures: dict[str, str]) -> None:
-    encoder = build_dual_encoder(architectures["vit"], SIZE)
+    encoder = build(architectures["vit"], SIZE)
     with pytest.raises(UserError, match=r"no tag 'openai'.*none"):
         load_weights(encoder, "open_clip:openai", architectures["vit"], SIZE)
 
@@ -433,7 +373,7 @@ def test_a_torchscript_archive_names_the_converter_whose_file_loads(
     assert done.returncode == 0, done.stderr
     converted = load_file(target)
     assert all(converted[name].equal(value) for name, value in state.items())
-    encoder = build_dual_encoder(architectures["vit"], SIZE)
+    encoder = build(architectures["vit"], SIZE)
     report = load_weights(encoder, str(target), architectures["vit"], SIZE)
     assert (report.missing, report.unexpected) == ([], [])
     assert encoder.state_dict()["text.token_embedding.weight"].equal(state["token_embedding.weight"])

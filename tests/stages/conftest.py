@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from reid_dist.models.dual_encoder import DualEncoder, build_dual_encoder
+from reid_dist.config import ModelConfig
+from reid_dist.models.architecture import build_dual_encoder
+from reid_dist.models.dual_encoder import DualEncoder
 from reid_dist.stages import Stage
 
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
@@ -27,7 +29,7 @@ def make_encoder(tmp_path: Path) -> Callable[..., DualEncoder]:
 
     def make(vision: str = "row_conv") -> DualEncoder:
         torch.manual_seed(0)
-        return build_dual_encoder(str(tmp_path / f"{vision}.json"), (64, 32))
+        return build_dual_encoder(ModelConfig(architecture=str(tmp_path / f"{vision}.json"), image_size=(64, 32)))
 
     return make
 

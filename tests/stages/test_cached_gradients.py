@@ -6,26 +6,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from reid_dist.config import I2ILoss, PretrainLoss, T2ILoss
+from reid_dist.config import I2ILoss, PretrainLoss, TextLoss
 from reid_dist.stages import I2IStage, PretrainStage, Stage, T2IStage
-from reid_dist.stages.base import Batch, Placement
 from reid_dist.stages.cached_gradients import first_pass, joint_gradients, surrogate
+from reid_dist.stages.contract import Batch, Surroundings
 
 ROWS, PARTS = 4, 3
-QUEUE = T2ILoss(queue_size=20, queue_init="random_as_published", in_batch_negatives=True)
+QUEUE = TextLoss(queue_size=20, queue_init="random_as_published", in_batch_negatives=True)
 
 
 def make_stage(name: str, make_encoder: Callable, vision: str = "row_conv") -> Stage:
     encoder = make_encoder(vision)
     stages: dict[str, Callable[[], Stage]] = {
-        "t2i": lambda: T2IStage(encoder, T2ILoss()),
-        "t2i_fixed": lambda: T2IStage(encoder, T2ILoss(temperature=0.1)),
-        "t2i_frozen": lambda: T2IStage(encoder, T2ILoss(), ("visual",)),
+        "t2i": lambda: T2IStage(encoder, TextLoss()),
+        "t2i_fixed": lambda: T2IStage(encoder, TextLoss(temperature=0.1)),
+        "t2i_frozen": lambda: T2IStage(encoder, TextLoss(), ("visual",)),
         "pretrain": lambda: PretrainStage(encoder, PretrainLoss()),
-        "i2i": lambda: I2IStage(encoder, 12, 9, I2ILoss(text_weight=0.5)),
-        "i2i_image": lambda: I2IStage(encoder, 12, 9, I2ILoss()),
-        "queue": lambda: T2IStage(encoder, QUEUE, place=Placement(ROWS)),
-        "queue_frozen": lambda: T2IStage(encoder, QUEUE, ("text",), Placement(ROWS)),
+        "i2i": lambda: I2IStage(encoder, I2ILoss(text_weight=0.5), run=Surroundings(identities=9)),
+        "i2i_image": lambda: I2IStage(encoder, I2ILoss(), run=Surroundings(identities=9)),
+        "queue": lambda: T2IStage(encoder, QUEUE, run=Surroundings(ROWS)),
+        "queue_frozen": lambda: T2IStage(encoder, QUEUE, ("text",), Surroundings(ROWS)),
     }
     return stages[name]().train()
 
@@ -134,4 +134,4 @@ def test_a_head_s_statistics_are_those_of_the_whole_step(make_encoder) -> None:
     assert isinstance(stage, I2IStage) and isinstance(whole, I2IStage)
     in_three_passes(stage, make_batches())
     in_one_graph(whole, make_batches())
-    torch.testing.assert_close(stage.head.neck.running_mean, whole.head.neck.running_mean)
+    torch.testing.assert_close(stage.image_losses.head.neck.running_mean, whole.image_losses.head.neck.running_mean)

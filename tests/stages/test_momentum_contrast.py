@@ -10,28 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reid_dist.config import OptimizerConfig, PretrainLoss, T2ILoss, T2IStageConfig
+from reid_dist.config import OptimizerConfig, PretrainLoss, T2IStageConfig, TextLoss
 from reid_dist.distributed import rank
 from reid_dist.errors import DivergenceError
 from reid_dist.models.dual_encoder import DualEncoder
 from reid_dist.optim import build_optimizer, parameter_groups
 from reid_dist.stages import PretrainStage, Stage, T2IStage, build_stage
-from reid_dist.stages.base import Placement
-from reid_dist.stages.contrastive import ContrastiveStage
+from reid_dist.stages.contract import Surroundings
 
 ROWS = 6
 SIZE = 15  # two and a half steps
 MOMENTUM = 0.6
 SETTINGS = {
-    "published": T2ILoss(positives="pair", queue_mask="batch", temperature=0.07, queue_size=SIZE, momentum=MOMENTUM),
-    "published_random": T2ILoss(
+    "published": TextLoss(positives="pair", queue_mask="batch", temperature=0.07, queue_size=SIZE, momentum=MOMENTUM),
+    "published_random": TextLoss(
         positives="pair", queue_mask="batch", queue_init="random_as_published", queue_size=SIZE, momentum=MOMENTUM
     ),
-    "pair": T2ILoss(positives="pair", queue_size=SIZE, momentum=MOMENTUM),
-    "pair_in_batch": T2ILoss(positives="pair", in_batch_negatives=True, queue_size=SIZE, momentum=MOMENTUM),
-    "identity": T2ILoss(queue_size=SIZE, momentum=MOMENTUM),
-    "identity_batch": T2ILoss(queue_mask="batch", queue_size=SIZE, momentum=MOMENTUM),
-    "identity_in_batch": T2ILoss(in_batch_negatives=True, queue_size=SIZE, momentum=MOMENTUM),
+    "pair": TextLoss(positives="pair", queue_size=SIZE, momentum=MOMENTUM),
+    "pair_in_batch": TextLoss(positives="pair", in_batch_negatives=True, queue_size=SIZE, momentum=MOMENTUM),
+    "identity": TextLoss(queue_size=SIZE, momentum=MOMENTUM),
+    "identity_batch": TextLoss(queue_mask="batch", queue_size=SIZE, momentum=MOMENTUM),
+    "identity_in_batch": TextLoss(in_batch_negatives=True, queue_size=SIZE, momentum=MOMENTUM),
     "pretrain": PretrainLoss(in_batch_negatives=True, queue_size=SIZE, momentum=MOMENTUM),
 }
 
@@ -49,14 +48,14 @@ def make_batch(step: int = 0, rows: int = ROWS) -> dict[str, Tensor]:
     }
 
 
-def make_stage(make_encoder: Callable[..., DualEncoder], name: str, **place: Any) -> ContrastiveStage:
+def make_stage(make_encoder: Callable[..., DualEncoder], name: str, **place: Any) -> Stage:
     setting = SETTINGS[name]
-    where = Placement(ROWS, **place)
-    stage: ContrastiveStage
-    if isinstance(setting, T2ILoss):
-        stage = T2IStage(make_encoder(), setting, place=where)
+    where = Surroundings(ROWS, **place)
+    stage: Stage
+    if isinstance(setting, TextLoss):
+        stage = T2IStage(make_encoder(), setting, run=where)
     else:
-        stage = PretrainStage(make_encoder(), setting, place=where)
+        stage = PretrainStage(make_encoder(), setting, run=where)
     return stage.train()  # type: ignore[return-value]
 
 
@@ -65,7 +64,7 @@ def optimizer_of(stage: Stage) -> torch.optim.Optimizer:
     return build_optimizer(parameter_groups(stage.trainable(), config), config)
 
 
-def steps(stage: ContrastiveStage, weights_of: Callable, count: int = 4) -> Iterator[tuple[dict[str, Tensor], Any]]:
+def steps(stage: Stage, weights_of: Callable, count: int = 4) -> Iterator[tuple[dict[str, Tensor], Any]]:
     """Trains; yields (batch, output) before the weights move."""
     optimizer = optimizer_of(stage)
     stage.start(weights_of(stage))
@@ -81,9 +80,9 @@ def steps(stage: ContrastiveStage, weights_of: Callable, count: int = 4) -> Iter
 class Oracle:
     """The same with a list for the queue and numbers for everything else."""
 
-    def __init__(self, stage: ContrastiveStage, name: str) -> None:
+    def __init__(self, stage: Stage, name: str) -> None:
         self.key_encoder = copy.deepcopy(stage.encoder)
-        self.setting, self.ids = SETTINGS[name], stage.ids
+        self.setting, self.ids = SETTINGS[name], stage.moco.ids
         self.pair = getattr(self.setting, "positives", "pair") == "pair"
         self.queue: list[tuple[list[float], list[float], int]] = []
         assert stage.moco is not None
@@ -155,7 +154,7 @@ def test_a_sample_of_pretraining_that_is_met_again_is_no_negative(make_encoder, 
 def test_no_queue_and_an_empty_queue_with_in_batch_keys_start_with_the_same_loss(make_encoder, weights_of) -> None:
     """Key encoders begin as the encoders, so a change from `queue_size: 0` does not change the loss's scale."""
     with_queue = make_stage(make_encoder, "identity_in_batch")
-    without = T2IStage(make_encoder(), T2ILoss()).train()
+    without = T2IStage(make_encoder(), TextLoss()).train()
     _, output = next(steps(with_queue, weights_of))
     torch.testing.assert_close(output["loss"], without(make_batch())["loss"])
 
@@ -171,7 +170,7 @@ def test_an_empty_queue_of_pairs_has_no_loss_and_no_gradient(make_encoder, weigh
 # Between steps
 
 
-def everything_beside(stage: ContrastiveStage) -> list[Tensor]:
+def everything_beside(stage: Stage) -> list[Tensor]:
     assert stage.moco is not None
     ring = stage.moco.queue.ring
     slots = [x[: ring.slots] for x in (ring.image_XD, ring.text_XD, ring.ids_X, ring.sequence_X)]
@@ -194,7 +193,7 @@ def test_a_skipped_step_leaves_queue_and_key_encoders_bit_by_bit(name: str, make
 
 
 def test_queue_and_key_encoders_are_no_part_of_the_module(make_encoder) -> None:
-    with_queue, without = make_stage(make_encoder, "pair"), T2IStage(make_encoder(), T2ILoss())
+    with_queue, without = make_stage(make_encoder, "pair"), T2IStage(make_encoder(), TextLoss())
     assert list(with_queue.state_dict()) == list(without.state_dict())
     assert len(list(with_queue.modules())) == len(list(without.modules()))
     assert [n for n, _ in with_queue.named_buffers()] == [n for n, _ in without.named_buffers()]
@@ -213,7 +212,7 @@ def test_key_encoders_start_from_the_engine_s_weights_not_from_their_copy(make_e
 
 @pytest.mark.parametrize("tower", ["visual", "text"])
 def test_a_frozen_tower_runs_once_and_gives_keys_and_anchors(tower: str, make_encoder) -> None:
-    stage = T2IStage(make_encoder(), SETTINGS["pair_in_batch"], (tower,), Placement(ROWS)).train()
+    stage = T2IStage(make_encoder(), SETTINGS["pair_in_batch"], (tower,), Surroundings(ROWS)).train()
     calls = []
     getattr(stage.encoder, tower).register_forward_hook(lambda module, inputs, output: calls.append(output))
     state = stage.keys(make_batch())
@@ -248,8 +247,8 @@ def test_only_the_mask_of_the_batch_needs_the_ids_of_the_step(make_encoder) -> N
 
 def diverged(make_encoder, weights_of, what: str) -> str:
     """Two steps with `queue_check_every: 2`, a bit of one rank changed before the second."""
-    setting = T2ILoss(queue_size=SIZE, queue_check_every=2)
-    stage = T2IStage(make_encoder(), setting, place=Placement(ROWS)).train()
+    setting = TextLoss(queue_size=SIZE, queue_check_every=2)
+    stage = T2IStage(make_encoder(), setting, run=Surroundings(ROWS)).train()
     assert stage.moco is not None
     try:
         for number, _ in enumerate(steps(stage, weights_of, 2)):
@@ -301,13 +300,13 @@ def test_precision_decides_what_is_kept_in_which_type(
 
 
 def test_settings_of_the_configuration_reach_queue_and_key_encoders(make_encoder) -> None:
-    loss = T2ILoss(queue_size=33, queue_init="random_as_published", queue_sharded=True, momentum=0.9, key_head="live")
+    loss = TextLoss(queue_size=33, queue_init="random_as_published", queue_sharded=True, momentum=0.9, key_head="live")
     config = T2IStageConfig(name="t2i", kind="t2i", steps=0, loss=loss)
-    stage = build_stage(config, make_encoder(), 9, rows=5, seed=3)
-    assert isinstance(stage, ContrastiveStage) and stage.moco is not None
-    queue, same = stage.moco.queue, build_stage(config, make_encoder(), 9, rows=5, seed=3)
+    stage = build_stage(config, make_encoder(), Surroundings(5, seed=3))
+    assert isinstance(stage, Stage) and stage.moco is not None
+    queue, same = stage.moco.queue, build_stage(config, make_encoder(), Surroundings(5, seed=3))
     assert (queue.size, queue.max_rows, queue.sharded, queue.features) == (33, 5, True, 12)
     assert stage.moco.key_encoder.momentum == 0.9
-    assert isinstance(same, ContrastiveStage) and same.moco is not None
+    assert isinstance(same, Stage) and same.moco is not None
     assert queue.digest() == same.moco.queue.digest() and bool(queue.ring.image_XD[:33].any(dim=1).all())
     assert stage.bytes_beside(1) > stage.bytes_beside(4) > stage.moco.key_encoder.nbytes

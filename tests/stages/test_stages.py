@@ -5,23 +5,26 @@ import torch
 from torch import Tensor
 
 from reid_dist.config import (
+    STAGE_CONFIGS,
     I2ILoss,
-    I2IStageConfig,
+    IdentityPromptLoss,
     OptimizerConfig,
     PretrainLoss,
-    PretrainStageConfig,
     StageConfig,
-    T2ILoss,
-    T2IStageConfig,
+    TextLoss,
 )
+from reid_dist.data.tokenizer import WordTokenizer
 from reid_dist.losses.contrastive import contrastive_loss
 from reid_dist.losses.identity import identity_loss
 from reid_dist.losses.triplet import batch_hard_triplet_loss
 from reid_dist.optim import build_optimizer, parameter_groups
 from reid_dist.stages import STAGES, I2IStage, PretrainStage, Stage, T2IStage, build_stage
-from reid_dist.stages.base import Placement
+from reid_dist.stages.contract import Surroundings
+from reid_dist.stages.identity_prompt import IdentityPromptStage
+from reid_dist.stages.prompt import PromptStage
 
 IDENTITIES = 5
+RUN = Surroundings(identities=IDENTITIES)
 QUEUE = {"queue_size": 10, "queue_init": "random_as_published"}
 
 
@@ -39,24 +42,23 @@ def make_batch() -> dict[str, Tensor]:
 
 
 def stage_config(kind: str, **settings: object) -> StageConfig:
-    classes = {"pretrain": PretrainStageConfig, "i2i": I2IStageConfig, "t2i": T2IStageConfig}
-    return classes[kind](name=kind, kind=kind, steps=0, **settings)  # type: ignore[arg-type]
+    return STAGE_CONFIGS[kind](name=kind, kind=kind, steps=0, **settings)  # type: ignore[arg-type]
 
 
 def make_stages(make_encoder) -> dict[str, Stage]:
     return {
-        "pretrain": PretrainStage(make_encoder()),
-        "pretrain_locked_text": PretrainStage(make_encoder(), freeze=("text",)),
-        "i2i": I2IStage(make_encoder(), 12, IDENTITIES, I2ILoss()),
-        "i2i_text": I2IStage(make_encoder(), 12, IDENTITIES, I2ILoss(text_weight=0.5)),
-        "i2i_text_frozen": I2IStage(make_encoder(), 12, IDENTITIES, I2ILoss(text_weight=0.5), ("text",)),
-        "t2i": T2IStage(make_encoder(), T2ILoss()),
-        "t2i_pair": T2IStage(make_encoder(), T2ILoss(positives="pair")),
-        "t2i_frozen": T2IStage(make_encoder(), T2ILoss(), ("visual",)),
-        "t2i_fixed": T2IStage(make_encoder(), T2ILoss(temperature=0.07)),
-        "t2i_queue": T2IStage(make_encoder(), T2ILoss(**QUEUE), place=Placement(6)),
-        "t2i_queue_frozen": T2IStage(make_encoder(), T2ILoss(**QUEUE), ("visual",), Placement(6)),
-        "pretrain_queue": PretrainStage(make_encoder(), PretrainLoss(**QUEUE), place=Placement(6)),
+        "pretrain": PretrainStage(make_encoder(), PretrainLoss()),
+        "pretrain_locked_text": PretrainStage(make_encoder(), PretrainLoss(), ("text",)),
+        "i2i": I2IStage(make_encoder(), I2ILoss(), run=RUN),
+        "i2i_text": I2IStage(make_encoder(), I2ILoss(text_weight=0.5), run=RUN),
+        "i2i_text_frozen": I2IStage(make_encoder(), I2ILoss(text_weight=0.5), ("text",), RUN),
+        "t2i": T2IStage(make_encoder(), TextLoss()),
+        "t2i_pair": T2IStage(make_encoder(), TextLoss(positives="pair")),
+        "t2i_frozen": T2IStage(make_encoder(), TextLoss(), ("visual",)),
+        "t2i_fixed": T2IStage(make_encoder(), TextLoss(temperature=0.07)),
+        "t2i_queue": T2IStage(make_encoder(), TextLoss(**QUEUE), run=Surroundings(6)),
+        "t2i_queue_frozen": T2IStage(make_encoder(), TextLoss(**QUEUE), ("visual",), Surroundings(6)),
+        "pretrain_queue": PretrainStage(make_encoder(), PretrainLoss(**QUEUE), run=Surroundings(6)),
     }
 
 
@@ -92,7 +94,11 @@ def test_forward_of_a_stage_without_batch_statistics_changes_nothing(name: str, 
     before = {key: value.clone() for key, value in stage.state_dict().items()}
     stage(make_batch())
     changed = {key for key, value in stage.state_dict().items() if not value.equal(before[key])}
-    assert changed == ({"head.neck.running_mean", "head.neck.running_var"} if name.startswith("i2i") else set())
+    assert changed == (
+        {"image_losses.head.neck.running_mean", "image_losses.head.neck.running_var"}
+        if name.startswith("i2i")
+        else set()
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,7 +109,7 @@ def test_trainable_covers_exactly_what_requires_a_gradient(name: str, make_encod
     expected = {key: p for key, p in stage.named_parameters() if p.requires_grad}
     assert len(named) == len(expected) and all(expected[key] is p for key, p in named)
     for group in groups:
-        assert all(key.startswith("head.") == group.new for key in group.parameters)
+        assert all(key.startswith("image_losses.head.") == group.new for key in group.parameters)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,20 +144,20 @@ def test_frozen_parts_stay_bit_identical_and_the_rest_moves(name: str, frozen: t
 
 
 def test_a_frozen_tower_with_batch_norm_keeps_its_statistics_and_features(make_encoder) -> None:
-    stage = T2IStage(make_encoder("resnet"), T2ILoss(), ("visual",))
+    stage = T2IStage(make_encoder("resnet"), TextLoss(), ("visual",))
     image = make_batch()["image_BCHW"]
     with torch.no_grad():
-        features = stage.eval().encode_image(image)
+        features = stage.eval().encoder.encode_image(image)
     before = {key: value.clone() for key, value in stage.encoder.visual.state_dict().items()}
     sgd_step(stage)
     assert all(value.equal(before[key]) for key, value in stage.encoder.visual.state_dict().items())
     with torch.no_grad():
-        assert stage.eval().encode_image(image).equal(features)
+        assert stage.eval().encoder.encode_image(image).equal(features)
 
 
 def test_the_same_tower_unfrozen_does_move(make_encoder) -> None:
     """What the test above would see if freezing did nothing."""
-    stage = T2IStage(make_encoder("resnet"), T2ILoss())
+    stage = T2IStage(make_encoder("resnet"), TextLoss())
     before = {key: value.clone() for key, value in stage.encoder.visual.state_dict().items()}
     sgd_step(stage)
     after = stage.encoder.visual.state_dict()
@@ -180,14 +186,14 @@ def features_of(stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_pretrain_has_own_pair_targets_whatever_the_identities(make_encoder) -> None:
-    stage = PretrainStage(make_encoder())
+    stage = PretrainStage(make_encoder(), PretrainLoss())
     torch.testing.assert_close(stage(make_batch())["loss"], contrastive_loss(*features_of(stage)))
 
 
 def test_t2i_has_the_targets_of_its_setting(make_encoder) -> None:
     pid = make_batch()["pid_B"]
-    identity = T2IStage(make_encoder(), T2ILoss(positives="identity"))
-    pair = T2IStage(make_encoder(), T2ILoss(positives="pair"))
+    identity = T2IStage(make_encoder(), TextLoss(positives="identity"))
+    pair = T2IStage(make_encoder(), TextLoss(positives="pair"))
     torch.testing.assert_close(identity(make_batch())["loss"], contrastive_loss(*features_of(identity), pid))
     torch.testing.assert_close(pair(make_batch())["loss"], contrastive_loss(*features_of(pair)))
     assert identity(make_batch())["loss"] != pair(make_batch())["loss"]
@@ -195,11 +201,11 @@ def test_t2i_has_the_targets_of_its_setting(make_encoder) -> None:
 
 def test_i2i_is_the_weighted_sum_of_its_losses(make_encoder) -> None:
     weights = I2ILoss(identity_weight=0.7, triplet_weight=2.0, text_weight=0.5, label_smoothing=0.2, triplet_margin=0.4)
-    stage = I2IStage(make_encoder(), 12, IDENTITIES, weights).train()
+    stage = I2IStage(make_encoder(), weights, run=RUN).train()
     image, text, scale = features_of(stage)
     pid = make_batch()["pid_B"]
     parts = {
-        "identity": identity_loss(stage.head(image), pid, 0.2),
+        "identity": identity_loss(stage.image_losses.head(image), pid, 0.2),
         "triplet": batch_hard_triplet_loss(image, pid, 0.4),
         "contrastive": contrastive_loss(image, text, scale, pid),
     }
@@ -212,35 +218,38 @@ def test_i2i_is_the_weighted_sum_of_its_losses(make_encoder) -> None:
 
 
 def test_i2i_without_text_supervision_needs_no_tokens(make_encoder) -> None:
-    stage = I2IStage(make_encoder(), 12, IDENTITIES, I2ILoss())
+    stage = I2IStage(make_encoder(), I2ILoss(), run=RUN)
     output = stage({key: make_batch()[key] for key in ("image_BCHW", "pid_B")})
     assert set(output["metrics"]) == {"identity", "triplet"}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_retrieval_uses_the_encoder_s_embedding(name: str, make_encoder) -> None:
-    stage = make_stages(make_encoder)[name].eval()
-    batch = make_batch()
-    assert stage.encode_image(batch["image_BCHW"]).equal(stage.encoder.encode_image(batch["image_BCHW"]))
-    assert stage.encode_text(batch["token_BL"]).equal(stage.encoder.encode_text(batch["token_BL"]))
 
 
 # From the configuration
 
 
 def test_every_kind_of_the_configuration_has_a_stage(make_encoder) -> None:
-    from reid_dist.config import STAGE_CONFIGS
-
     assert set(STAGES) == set(STAGE_CONFIGS)
-    classes = {"pretrain": PretrainStage, "i2i": I2IStage, "t2i": T2IStage}
+    words = WordTokenizer(["a", "person"], 8, 50)
+    classes = {
+        "pretrain": PretrainStage,
+        "prompt": PromptStage,
+        "identity_prompt": IdentityPromptStage,
+        "i2i": I2IStage,
+        "t2i": T2IStage,
+    }
     for kind in STAGES:
-        assert type(build_stage(stage_config(kind), make_encoder(), IDENTITIES)) is classes[kind]
+        run = Surroundings(identities=IDENTITIES, tokenizer=words)
+        settings = {"loss": IdentityPromptLoss(tokens=1, template="a {} person")} if kind == "identity_prompt" else {}
+        assert type(build_stage(stage_config(kind, **settings), make_encoder(), run)) is classes[kind]
 
 
 def test_settings_of_the_configuration_reach_the_stage(make_encoder) -> None:
-    i2i = build_stage(stage_config("i2i", loss=I2ILoss(text_weight=1.0), freeze=["text"]), make_encoder(), 9)
+    i2i = build_stage(
+        stage_config("i2i", loss=I2ILoss(text_weight=1.0), freeze=["text"]), make_encoder(), Surroundings(identities=9)
+    )
     assert isinstance(i2i, I2IStage)
-    assert (i2i.head.classifier.out_features, i2i.weights.text_weight, i2i.frozen) == (9, 1.0, ("text",))
-    t2i = build_stage(stage_config("t2i", loss=T2ILoss(positives="pair"), freeze=["visual"]), make_encoder(), 9)
-    assert isinstance(t2i, T2IStage) and (t2i.positives, t2i.frozen) == ("pair", ("visual",))
-    assert build_stage(stage_config("pretrain", freeze=["text"]), make_encoder(), 9).frozen == ("text",)
+    assert (i2i.image_losses.head.classifier.out_features, i2i.setting.text_weight, i2i.frozen) == (9, 1.0, ("text",))
+    t2i = build_stage(stage_config("t2i", loss=TextLoss(positives="pair"), freeze=["visual"]), make_encoder(), RUN)
+    assert isinstance(t2i, T2IStage) and (t2i.text_losses.setting.positives, t2i.frozen) == ("pair", ("visual",))
+    assert build_stage(
+        stage_config("pretrain", freeze=["text"]), make_encoder(), Surroundings(identities=9)
+    ).frozen == ("text",)
