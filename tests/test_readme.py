@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.benchmark import BENCHMARKS
+from reid_dist.claims.command import claims_parser
 from reid_dist.recipe_file import load_config
 from shards.write import CONVERTERS
 
@@ -21,7 +22,7 @@ def commands() -> list[tuple[str, str]]:
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
             lines = block.replace("\\\n", " ").splitlines()
-            found += [(page.name, line.split(" #")[0].strip()) for line in lines if line.split(" #")[0].strip()]
+            found += [(page.name, line.split(" #")[0].strip()) for line in lines if line.split("#")[0].strip()]
     return found
 
 
@@ -42,6 +43,8 @@ def test_command_names_what_exists(page: str, command: str, monkeypatch: pytest.
             assert rest[2] in CONVERTERS
     elif rest[0] == "launch/benchmark.py":
         assert rest[1] in BENCHMARKS
+    elif rest[0] == "launch/claims.py":
+        claims_parser().parse_intermixed_args(rest[1:])
     elif program in ("deepspeed", "torchrun", "python", "srun"):
         place = rest.index("launch/train.py")
         overrides = [word for word in rest[place + 2 :] if "=" in word and not word.startswith("--") and word != "…"]

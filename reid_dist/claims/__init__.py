@@ -1,0 +1,1 @@
+"""What the methods claim, measured on the procedural world: arms, worlds, runs, verdicts, report."""
