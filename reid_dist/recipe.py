@@ -149,7 +149,8 @@ def _train(
             print(f"rank {distributed.rank()}: replaced: {message}", flush=True)
     trainable = sorted(name for name, p in stage.named_parameters() if p.requires_grad)
     frozen = sorted(name for name, p in stage.named_parameters() if not p.requires_grad)
-    full_state, handover = engine.full_parameters(), stage.handover()
+    full_state = engine.full_parameters()
+    handover = stage.handover(full_state)
     engine.close()
     if distributed.rank() == 0:
         write_json(folder / "training.json", log.history)

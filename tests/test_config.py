@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reid_dist.config import DataConfig, I2ILoss, PretrainLoss, RunConfig, T2IStageConfig, TextLoss
+from reid_dist.config import STAGE_CONFIGS, DataConfig, I2ILoss, PretrainLoss, RunConfig, T2IStageConfig, TextLoss
 from reid_dist.recipe_file import load_config
 from tests.recipe_text import changed, problems
 
@@ -308,3 +308,24 @@ def test_a_config_cannot_be_changed(recipe: Path) -> None:
 )
 def test_where_a_set_is(root: str, name: str, location: str) -> None:
     assert DataConfig(root=root).location(name) == location
+
+
+IN_TURNS = {"train": ["a", "b"], "mixing": "alternating"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "told"),
+    [
+        ("t2i", {"freeze": ["visual"], "train_prompts": True, "loss": {"queue_size": 8}}, "train_prompts: a frozen"),
+        ("pretrain", {"freeze": ["visual"], "patch_dropout": 0.5}, "patch_dropout: a frozen image tower"),
+        ("t2i", {"loss": {"contrastive_weight": 0, "sdm_weight": 1, "positives": "pair"}}, "positives: of the contr"),
+        (
+            "i2i",
+            {"data": IN_TURNS, "loss": {"text_weight": 1, "conflict_every": 5}},
+            "conflict_every: needs both tasks",
+        ),
+    ],
+)
+def test_settings_that_would_be_idle_are_refused(kind: str, settings: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        STAGE_CONFIGS[kind].model_validate({"name": kind, "kind": kind, "steps": 0, **settings})

@@ -79,6 +79,8 @@ def _checked(arguments: argparse.Namespace) -> int:
             raise UserError(f"--{name} {value}: must be at least {least}")
     if arguments.json is not None and arguments.json.suffix != ".json":
         raise UserError(f"--json {arguments.json}: name a file that ends in .json; a .md and a .png go beside it")
+    if arguments.runs.exists() and not arguments.runs.is_dir():
+        raise UserError(f"--runs {arguments.runs}: is a file; name a folder")
     return seeds
 
 

@@ -87,6 +87,8 @@ class TextLoss(ContrastiveLoss):
 
     @model_validator(mode="after")
     def _no_idle_settings(self) -> "TextLoss":
+        if not self.contrastive_weight and self.changed("positives"):
+            raise ValueError("positives: of the contrastive loss alone; set contrastive_weight, or remove the key")
         if not self.contrastive_weight and self.queue_size:
             raise ValueError("queue_size: without a contrastive loss; set contrastive_weight, or remove the key")
         if not self.mlm_weight and (idle := self.changed("mlm_depth", "mask", "mask_for", "mask_probability")):

@@ -58,6 +58,12 @@ class StageConfig(Section):
             raise ValueError(f"freeze, train_prompts: what trains in a stage of kind {self.kind} is fixed; remove them")
         if self.kind == "i2i" and "visual" in self.freeze:
             raise ValueError("freeze: the i2i stage trains the vision encoder; remove 'visual'")
+        queue = getattr(getattr(self, "loss", None), "queue_size", 0)
+        if self.freeze and self.train_prompts and queue:
+            raise ValueError(
+                "train_prompts: a frozen tower's features are the queue's keys, through which its prompts cannot learn;"
+                " remove freeze, train_prompts or loss.queue_size"
+            )
         if set(self.freeze) == {"visual", "text"} and not self.train_prompts:
             raise ValueError("freeze leaves nothing to train")
         return self
@@ -78,7 +84,9 @@ class PretrainStageConfig(StageConfig):
     patch_dropout: float = Field(0.0, ge=0, lt=1, description="share of an image's patches left out of a step; of ViTs")
 
     @model_validator(mode="after")
-    def _momentum_possible(self) -> "PretrainStageConfig":
+    def _possible(self) -> "PretrainStageConfig":
+        if self.patch_dropout and "visual" in self.freeze:
+            raise ValueError("patch_dropout: a frozen image tower sees all patches; remove one of the two")
         _require_momentum_possible(self.loss, self.engine)
         return self
 
@@ -112,6 +120,10 @@ class I2IStageConfig(StageConfig):
     @model_validator(mode="after")
     def _possible(self) -> "I2IStageConfig":
         _require_momentum_possible(self.loss.text, self.engine)
+        if self.loss.conflict_every and self.data.mixing != "mixed":
+            raise ValueError("loss.conflict_every: needs both tasks in every batch; set data.mixing to mixed")
+        if self.freeze and self.train_prompts and self.loss.text.queue_size:
+            raise ValueError("train_prompts: not with a frozen tower and a queue; remove one of the three")
         if self.loss.conflict_every and (self.engine.zero_stage == 3 or self.engine.cached_gradients):
             raise ValueError(
                 "loss.conflict_every: needs whole weights and gradients of each loss; choose zero_stage 0, 1 or 2"
@@ -177,6 +189,7 @@ class RunConfig(Section):
                 raise ValueError(f"stages.{stage.name}: there are no prompts to train; set model.prompts")
             with_sentences = isinstance(stage, I2IStageConfig) and stage.loss.identity_text_weight > 0
             learned = isinstance(before, IdentityPromptStageConfig) and before.data.train == stage.data.train
+            learned = learned and before is not None and before.steps > 0
             if with_sentences and not learned:
                 raise ValueError(
                     f"stages.{stage.name}: loss.identity_text_weight needs a stage of kind identity_prompt on the same"

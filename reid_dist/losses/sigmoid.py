@@ -25,7 +25,7 @@ def sigmoid_loss(
         log_scale: natural log of the inverse temperature (published start: log 10). Shape: () or (1,).
         bias: added to every logit (published start: -10, for one positive stands against G - 1 negatives).
             Shape: () or (1,).
-        ids_B: which rows are of one person, or are one sample met again; int64 below 2^31. None: only the own pair is
+        ids_B: which rows are of one person, or are one sample met again; int64. None: only the own pair is
             positive, as published. Shape: (B,).
 
     Returns:
@@ -36,6 +36,8 @@ def sigmoid_loss(
         if ids_B is None:
             ids_G = torch.arange(text_GD.shape[0], dtype=torch.int32, device=text_GD.device)
         else:
-            ids_G = all_gather(ids_B.to(torch.int32))
+            ids_G = all_gather(ids_B)
+            # The place of an id among all of them stands for it: a stream's ids have more than 31 bits.
+            ids_G = torch.searchsorted(ids_G.sort().values, ids_G).to(torch.int32)
         loss_B = siglip(image_BD, text_GD, own_rows(ids_G), ids_G, log_scale, bias)
         return loss_B.sum() / max(1, loss_B.shape[0])

@@ -103,6 +103,9 @@ class MomentumEncoder:
         for name, weight in self._checked(weights):
             self.to(weight.device)
             self._masters[name].copy_(self._redrawn.get(name, weight))
+            if name in self._redrawn and name in self._averaged:
+                # The first published move comes before the first keys; elsewhere it meets equal weights.
+                self._masters[name].lerp_(weight, 1 - self.momentum)
             self._refresh(name)
 
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:

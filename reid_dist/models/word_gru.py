@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {options.out}: cannot be written ({error.strerror}); name another --out", file=sys.stderr)
+        return 2
     unknown = source.unknown(words)
     print(f"{options.out}: {rows} words x {width} by {source.name}" + ("" if computed else " (was up to date)"))
     if unknown:
@@ -91,6 +94,8 @@ def _source(options: argparse.Namespace) -> WordSource:
     if options.hf is not None:
         return HuggingFaceSource(options.hf, options.layers)
     if options.random is not None:
+        if options.random < 1:
+            raise UserError(f"--random {options.random}: the width of a vector must be at least 1")
         return RandomSource(options.random, options.seed)
     return TowerSource(options.weights, options.architecture, options.words)
 

@@ -110,7 +110,7 @@ class HuggingFaceSource:
             from transformers import AutoModel, AutoTokenizer
         except ImportError as error:
             raise UserError(
-                "--hf: needs the package transformers; install it with `pip install transformers`"
+                "--hf: needs the package transformers; install it with `pip install reid_dist[hf]`"
             ) from error
         if not (folder / "config.json").is_file():
             raise UserError(f"--hf: {folder} holds no config.json; name the folder of a downloaded model")

@@ -1,6 +1,6 @@
 """What a training stage is: model + losses as one module, so that an engine and the trainer see only `stage(batch)`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,8 +111,12 @@ class Stage(nn.Module):
         centres = 0.0 if self.sharded is None else self.sharded.bytes_on(world_size)
         return centres + (0.0 if self.moco is None else self.moco.bytes_beside(world_size))
 
-    def handover(self) -> dict[str, Tensor]:
-        """What the next stage needs beside the encoder, by name; the same on all ranks. Collective. Nothing here."""
+    def handover(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the next stage needs beside the encoder, by name; the same on all ranks. Collective. Nothing here.
+
+        Args:
+            weights: all parameters and buffers, in full.
+        """
         return {}
 
     def trainable(self) -> list[TrainableGroup]:

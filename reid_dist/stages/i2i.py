@@ -62,6 +62,7 @@ class I2IStage(Stage):
             fix_temperature(encoder, loss.text)
         else:
             encoder.logit_scale.requires_grad_(False)
+            encoder.text.requires_grad_(False)  # its prompts too
         if with_text and loss.text.queue_size:
             self.moco = MomentumContrast(encoder, self.frozen, loss.text, run, loss.text.positives, "pid_B")
 
@@ -91,9 +92,10 @@ class I2IStage(Stage):
     def loss(self, features: Features, batch: Batch, states: Sequence[State]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Stage.loss`."""
         captions = len(features["text_BD"]) if self.text_losses is not None else 0
-        image_loss, parts = self._image_loss(features["i2i_BD"], batch, captions)
+        image_loss, image_parts = self._image_loss(features["i2i_BD"], batch, captions)
         if self.text_losses is None:
-            return image_loss, parts
+            return image_loss, image_parts
+        parts = dict(image_parts)
         if captions:
             rows = _captioned(batch, captions)
             text_loss, text_parts = self.text_losses(features, rows, states, self.moco)
@@ -101,7 +103,7 @@ class I2IStage(Stage):
         else:
             text_loss = _zero((features["log_scale"], *self.text_losses.parameters()))
         every = self.setting.conflict_every
-        if every and captions and parts and self.training and self._steps % every == 0:
+        if every and captions and "identity" in image_parts and self.training and self._steps % every == 0:
             parts |= gradient_cosines(self.encoder.visual, image_loss, text_loss)
         return image_loss + self.setting.text_weight * text_loss, parts
 
@@ -126,7 +128,8 @@ def _captioned(batch: Batch, captions: int) -> Batch:
     rows = _places(batch, captions)
     if rows is None:
         return batch
-    return {name: x if "token" in name or "label" in name else x[rows] for name, x in batch.items()}
+    whole = ("token_BL", "masked_token_BL", "masked_label_BL", "step_id_S")
+    return {name: x if name in whole else x[rows] for name, x in batch.items()}
 
 
 def _places(batch: Batch, captions: int) -> Tensor | None:

@@ -59,7 +59,7 @@ class IdentityPromptStage(Stage):
         return loss, {"identity_text": loss}
 
     @torch.no_grad()
-    def handover(self) -> dict[str, Tensor]:
+    def handover(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Text features of all sentences, and the scale of their cosines unless plain products are compared."""
         label_C = torch.arange(self.prompts.identities, device=self.prompts.token_L.device)
         text_CD = torch.cat([self._read(label_C[i : i + _AT_ONCE]) for i in range(0, len(label_C), _AT_ONCE)])

@@ -1,6 +1,6 @@
 """Generic image-text pretraining: a contrastive loss on pairs without identities."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from reid_dist.stages.contract import ALONE, Batch, Features, State, Surrounding
 from reid_dist.stages.momentum_contrast import MomentumContrast
 from reid_dist.stages.text_losses import encode_pairs, fix_temperature
 
+_BIAS = "sigmoid_bias"
 _SIGMOID_BIAS = -10.0  # SigLIP's start: nearly all pairs of a batch do not match
 
 
@@ -22,7 +23,7 @@ class PretrainStage(Stage):
     """Each image against the captions and the reverse; the own pair is the only positive.
 
     Within the global batch it is the loss of CLIP (Radford et al. 2021) or SigLIP (Zhai et al. 2023), against a queue
-    that of CM-MoCo. A sample met again is an identity: no negative of itself.
+    that of CM-MoCo. To SigLIP's loss and to the queue a sample met again is no negative of itself.
 
     Args:
         encoder: see `Stage`.
@@ -48,9 +49,13 @@ class PretrainStage(Stage):
         if patch_dropout:
             set_patch_dropout(encoder.visual, patch_dropout)
         if loss.objective == "sigmoid":
-            self.bias = nn.Parameter(torch.full((1,), _SIGMOID_BIAS))
+            self.bias = nn.Parameter(run.handed.get(_BIAS, torch.full((1,), _SIGMOID_BIAS)).clone())
         if loss.queue_size:
             self.moco = MomentumContrast(encoder, self.frozen, loss, run, "pair", "sample_id_B")
+
+    def handover(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sigmoid loss's bias, which the next stage of this kind goes on with."""
+        return {_BIAS: weights["bias"]} if self.setting.objective == "sigmoid" else {}
 
     def features(self, batch: Batch, state: State) -> Features:
         """See `Stage.features`."""

@@ -87,7 +87,9 @@ def assert_equal(found: dict, expected: dict, what: str, zero: frozenset | set =
     """Losses, gradients and parameters; `zero` are gradients that are zero in theory."""
     assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE), what
     assert_close(found["gradients"], expected["gradients"], f"{what} gradient of", zero)
-    assert_close(found["parameters"], expected["parameters"], f"{what} value of")
+    # What began at zero and was moved by rounding alone still is no more than that.
+    still = {name for name in zero if expected["parameters"][name].norm() < 1e-6}
+    assert_close(found["parameters"], expected["parameters"], f"{what} value of", still)
 
 
 def assert_close(

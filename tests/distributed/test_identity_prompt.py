@@ -47,7 +47,7 @@ def reference() -> dict:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return {"losses": losses, "tokens": stage.prompts.token_CMW.detach(), **stage.handover()}
+    return {"losses": losses, "tokens": stage.prompts.token_CMW.detach(), **stage.handover({})}
 
 
 def train(zero_stage: int) -> dict:
@@ -62,7 +62,7 @@ def train(zero_stage: int) -> dict:
         engine.backward(loss)
         assert engine.step()
         losses.append(mean_over_ranks(loss).item())
-    found = {"losses": losses, "tokens": engine.full_parameters()["prompts.token_CMW"], **stage.handover()}
+    found = {"losses": losses, "tokens": engine.full_parameters()["prompts.token_CMW"], **stage.handover({})}
     engine.close()
     return found
 

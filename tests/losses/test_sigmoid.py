@@ -88,3 +88,12 @@ def test_bf16_features_under_autocast_lose_only_their_own_rounding() -> None:
         found = sigmoid_loss(image, text, *arguments)
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_ids_of_a_stream_are_told_apart_beyond_32_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(6, 8, generator=generator), torch.randn(6, 8, generator=generator)
+    scale, bias = torch.tensor([2.0]), torch.tensor([-3.0])
+    tar, row = torch.arange(6) // 2, torch.arange(6) % 2
+    found = sigmoid_loss(image, text, scale, bias, (tar << 32) + row)
+    torch.testing.assert_close(found, sigmoid_loss(image, text, scale, bias))

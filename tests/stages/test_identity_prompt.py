@@ -75,7 +75,7 @@ def test_the_loss_contrasts_images_with_their_identities_sentences(make_encoder:
 
 def test_a_temperature_of_its_own_leaves_the_encoders_alone(make_encoder: Callable) -> None:
     stage = IdentityPromptStage(make_encoder(), LOSS.model_copy(update={"temperature": 0.02}), RUN)
-    assert stage.handover()["identity_text_log_scale"].item() == pytest.approx(math.log(50), rel=1e-6)
+    assert stage.handover({})["identity_text_log_scale"].item() == pytest.approx(math.log(50), rel=1e-6)
     assert stage.encoder.logit_scale.item() == pytest.approx(math.log(1 / 0.07), rel=1e-6)
 
 
@@ -102,7 +102,7 @@ def test_batch_norm_of_the_frozen_tower_stands_still(make_encoder: Callable) -> 
 def test_what_is_handed_over_are_the_features_of_all_sentences_in_order(make_encoder: Callable) -> None:
     stage = IdentityPromptStage(make_encoder(), LOSS, RUN)
     train(stage, 2, lr=0.05)
-    handed = stage.handover()
+    handed = stage.handover({})
     assert set(handed) == {"identity_text_CD", "identity_text_log_scale"}
     text_CD = handed["identity_text_CD"]
     assert text_CD.shape == (IDENTITIES, 12) and text_CD.dtype == torch.float32 and not text_CD.requires_grad
@@ -114,15 +114,15 @@ def test_more_identities_than_are_read_at_once_are_handed_over(
     make_encoder: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = IdentityPromptStage(make_encoder(), LOSS, RUN)
-    whole = stage.handover()["identity_text_CD"]
+    whole = stage.handover({})["identity_text_CD"]
     monkeypatch.setattr("reid_dist.stages.identity_prompt._AT_ONCE", 2)
-    torch.testing.assert_close(stage.handover()["identity_text_CD"], whole)
+    torch.testing.assert_close(stage.handover({})["identity_text_CD"], whole)
 
 
 @pytest.mark.parametrize("products", ["cosine", "plain"])
 def test_the_next_stage_learns_from_the_sentences_of_all_identities(make_encoder: Callable, products: str) -> None:
     sentences = IdentityPromptStage(make_encoder(), LOSS.model_copy(update={"products": products}), RUN)
-    handed = sentences.handover()
+    handed = sentences.handover({})
     weights = I2ILoss(identity_weight=0.25, identity_text_weight=2.0, label_smoothing=0.1)
     stage = I2IStage(make_encoder(), weights, run=Surroundings(identities=IDENTITIES, handed=handed)).train()
     image, text = stage.encoder.encode_image(make_batch()["image_BCHW"]), handed["identity_text_CD"]
@@ -142,7 +142,7 @@ def test_a_stage_that_nothing_was_handed_to_says_so(make_encoder: Callable) -> N
     weights = I2ILoss(identity_text_weight=1.0)
     with pytest.raises(UserError, match=re.escape("loss.identity_text_weight: the stage before has left no sentences")):
         I2IStage(make_encoder(), weights, run=Surroundings(identities=IDENTITIES))
-    handed = IdentityPromptStage(make_encoder(), LOSS, RUN).handover()
+    handed = IdentityPromptStage(make_encoder(), LOSS, RUN).handover({})
     with pytest.raises(UserError, match=r"there are 6 training identities, but .* sentences of 5"):
         I2IStage(make_encoder(), weights, run=Surroundings(identities=6, handed=handed))
 

@@ -99,6 +99,19 @@ def test_only_captioned_rows_become_keys(make_encoder, weights_of) -> None:
     assert ids[ids >= 0].tolist() == PIDS[CAPTIONED].tolist()
 
 
+def test_the_ids_of_the_whole_step_reach_the_queue_s_mask(make_encoder) -> None:
+    """With accumulation a micro-batch knows more ids than it has rows."""
+    text = TextLoss(positives="pair", queue_size=16, queue_mask="batch")
+    stage = make_stage(make_encoder, I2ILoss(text_weight=1, text=text))
+    parts = stage.prepare([make_batch(), {**make_batch(seed=1), "pid_B": (PIDS + 1) % 6}])
+    assert stage.moco is not None
+    seen: list[Tensor] = []
+    loss = stage.moco.loss
+    stage.moco.loss = lambda *args: seen.append(args[3]["step_id_S"]) or loss(*args)  # type: ignore[method-assign]
+    stage(parts[1])
+    assert seen[0].tolist() == [*PIDS.tolist(), *((PIDS + 1) % 6).tolist()]
+
+
 def test_cached_gradients_of_a_mixed_step_are_those_of_the_big_batch(make_encoder) -> None:
     loss = I2ILoss(text_weight=0.5, image_rows="uncaptioned", text=TextLoss(identity_weight=1))
     parts = [make_batch(CAPTIONED[:4].clone(), 1), make_batch(torch.tensor([True, False, True, False]), 2)]

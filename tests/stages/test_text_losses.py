@@ -115,6 +115,14 @@ def test_sigmoid_pretraining_learns_its_bias(make_encoder) -> None:
     assert any("bias" in group.parameters and group.new for group in stage.trainable())
 
 
+def test_a_sigmoid_stage_goes_on_with_the_bias_of_the_one_before(make_encoder) -> None:
+    stage = PretrainStage(make_encoder(), PretrainLoss(objective="sigmoid"))
+    handed = stage.handover({"bias": torch.tensor([-4.5])})
+    following = PretrainStage(make_encoder(), PretrainLoss(objective="sigmoid"), run=Surroundings(6, handed=handed))
+    assert following.bias.item() == -4.5
+    assert PretrainStage(make_encoder(), PretrainLoss()).handover({}) == {}
+
+
 def test_patch_dropout_is_of_the_stage_and_of_training_alone(make_encoder) -> None:
     encoder, batch = make_encoder("dropout"), make_batch()
     stage = PretrainStage(encoder, PretrainLoss(), patch_dropout=0.5)
