@@ -12,15 +12,17 @@ if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
 
-# Two halves side by side: most tests keep one core busy. What the second one says follows the first one's.
+# Two halves side by side: most tests keep one core busy. What the first one says follows the second one's.
 first=(tests/benchmarks tests/claims tests/data tests/distributed tests/evaluation tests/golden)
 first+=(tests/kernels tests/losses tests/models tests/stages)
 said=$(mktemp)
-trap 'kill "$second" 2>/dev/null || true; rm -f "$said"' EXIT
-python -m pytest "${first[@]/#/--ignore=}" >"$said" 2>&1 &
-second=$!
+set -m # without job control bash would start it with interrupts ignored, and what it starts would ignore them too
+python -m pytest "${first[@]}" >"$said" 2>&1 &
+beside=$!
+set +m
+trap 'kill -- "-$beside" 2>/dev/null || true; rm -f "$said"' EXIT
 status=0
-python -m pytest "${first[@]}" || status=$?
-wait "$second" || status=$?
+python -m pytest "${first[@]/#/--ignore=}" || status=$?
+wait "$beside" || status=$?
 cat "$said"
 exit "$status"
