@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -263,10 +263,6 @@ def _units(samples: TrainingSamples, sampling: Sampling) -> list[Units]:
         else:
             units.append(Samples(count, rows.start))
     return units
-
-
-def _unchanged(made: Any) -> Any:
-    return made
 
 
 def eval_batches(

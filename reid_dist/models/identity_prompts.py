@@ -49,6 +49,8 @@ class IdentityPrompts(nn.Module):
                 " learned tokens could stand; choose an architecture such as ViT-B-16"
             )
         token_L, self.at = _guessed(template, count) if tokenizer is None else _sentence(tokenizer, template, count)
+        if len(token_L) > tower.caption_length:
+            raise _too_long(template, count, tower.caption_length)
         self.identities = identities
         self.register_buffer("token_L", token_L, persistent=False)
         width = tower.get_parameter("positional_embedding").shape[1]
@@ -65,11 +67,15 @@ def _sentence(tokenizer: Tokenize, template: str, count: int) -> tuple[Tensor, i
     rows = tokenizer([template.replace("{}", " ".join([_PLACEHOLDER] * count)), before, after, ""])
     whole, head, tail, empty = (_length(row) for row in rows)
     if whole != head + tail - empty + count:
-        raise UserError(
-            f"loss.template: {template!r} with loss.tokens: {count} does not fit into the {rows.shape[1]}"
-            " tokens of this model; shorten it"
-        )
+        raise _too_long(template, count, rows.shape[1])
     return rows[0, :whole], head - 1  # `head` ends with the end token, in whose place the first one stands
+
+
+def _too_long(template: str, count: int, most: int) -> UserError:
+    return UserError(
+        f"loss.template: {template!r} with loss.tokens: {count} does not fit into the {most} tokens of this model;"
+        " shorten it"
+    )
 
 
 def _guessed(template: str, count: int) -> tuple[Tensor, int]:

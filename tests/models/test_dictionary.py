@@ -45,7 +45,7 @@ def test_an_export_s_own_words_are_a_dictionary(tmp_path: Path) -> None:
     assert found.words == make().words and found.vectors_NW.equal(make().vectors_NW)
 
 
-def refused(path: Path, message: str) -> None:
+def assert_refused(path: Path, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         read_dictionary(path)
     assert "\n" not in str(raised.value) and str(path) in str(raised.value)
@@ -53,24 +53,24 @@ def refused(path: Path, message: str) -> None:
 
 def test_a_file_that_is_not_one_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "words.safetensors"
-    refused(path, r"word_gru\.dictionary: .*cannot be read.*word_gru build")
+    assert_refused(path, r"word_gru\.dictionary: .*cannot be read.*word_gru build")
     assert read_key(path) is None
     path.write_bytes(b"not tensors at all")
-    refused(path, "cannot be read")
+    assert_refused(path, "cannot be read")
     assert read_key(path) is None
     save_file({"vectors": torch.zeros(2, 3)}, path)
-    refused(path, "is no dictionary of words")
+    assert_refused(path, "is no dictionary of words")
     assert read_key(path) is None
 
 
 def test_a_folder_that_is_no_export_with_words_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path, "is no exported stage with a dictionary")
+    assert_refused(tmp_path, "is no exported stage with a dictionary")
     save_file({"text.token_embedding.weight": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
     (tmp_path / "manifest.json").write_text(json.dumps({"words": ["a"]}))
-    refused(tmp_path, "is no exported stage with a dictionary")
+    assert_refused(tmp_path, "is no exported stage with a dictionary")
     save_file({"text.words": make().table()}, tmp_path / "model.safetensors")
     (tmp_path / "manifest.json").write_text(json.dumps({"words": None}))
-    refused(tmp_path, "0 words, but vectors")
+    assert_refused(tmp_path, "0 words, but vectors")
 
 
 @pytest.mark.parametrize(
@@ -86,4 +86,4 @@ def test_a_folder_that_is_no_export_with_words_is_refused(tmp_path: Path) -> Non
 def test_words_and_vectors_must_belong_together(words, vectors_NW, message: str, tmp_path: Path) -> None:
     path = tmp_path / "words.safetensors"
     save_file({"vectors": vectors_NW}, path, metadata={"format": FORMAT, "words": "\n".join(words)})
-    refused(path, message)
+    assert_refused(path, message)

@@ -106,3 +106,8 @@ def test_a_dry_run_knows_the_length_without_a_tokenizer(tower: TextTower) -> Non
     assert guessed.token_L.shape == known.token_L.shape
     token_BL, inserted_BMW = guessed(torch.tensor([1]))
     assert tower(token_BL, inserted_BMW=inserted_BMW, at=guessed.at).shape == (1, 12)
+
+
+def test_a_sentence_that_is_too_long_is_refused_without_a_tokenizer_too(tower: TextTower) -> None:
+    with pytest.raises(UserError, match=r"loss\.tokens: 90 does not fit into"):
+        IdentityPrompts(tower, None, "a {} person", 90, 3)
