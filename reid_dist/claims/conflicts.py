@@ -65,6 +65,7 @@ _ARMS = (
     Arm("i2i-text-long", "the same, text half as long again", FROZEN, length=1.5, weights="i2i"),
     Arm("i2i-pair-text", "I2I, then pairwise text with vision frozen", FROZEN_PAIR, weights="i2i"),
     Arm("i2i-tune", "I2I, then T2I with everything training", text_stage(), weights="i2i", scored=ALL, fast=True),
+    Arm("i2i-pair-text-long", "the same, text half as long again", FROZEN_PAIR, length=1.5, weights="i2i"),
     Arm("i2i-pair-tune", "I2I, then pairwise T2I with everything training", text_stage("pair"), weights="i2i",
         scored=ALL),
     Arm("joint-text", "joint, then text with vision frozen", FROZEN, weights="joint", fast=True),
@@ -73,6 +74,7 @@ _ARMS = (
         weights="joint-pair"),
     # Not confounded: each image tower with each text tower
     Arm("joint-cold-text", "vision of joint with the text tower of base, then text", FROZEN, visual="joint"),
+    Arm("joint-pair-cold-text", "the same, pairwise in both", FROZEN_PAIR, visual="joint-pair"),
     Arm("i2i-warm-text", "vision of i2i with the text tower pre-fitted in joint, then text", FROZEN,
         weights="joint", visual="i2i"),
     # The same images with and without captions
@@ -98,8 +100,8 @@ def _rows(setting: str, *compared: tuple[str, str, Task], decides: bool = True) 
 
 _CARD_1 = "arXiv 2606.02242"
 _DIFFERS = (
-    "The paper's data, losses and tables are unknown; here a small convolutional tower starts from some ten thousand"
-    " generated pairs instead of CLIP, trains for minutes, and captions name attributes of a cartoon."
+    "The paper's data, losses and tables are unknown; here a small image tower starts from generated pairs instead of"
+    " CLIP, trains for minutes, and captions name attributes of a cartoon."
 )
 CLAIMS = (
     Claim("C1", "Training both tasks in one stage is worse than training for one of them, on at least one.", _CARD_1,
@@ -130,19 +132,19 @@ CLAIMS = (
             # Both second stages begin with the text tower of base: one that the first stage trained would decide alone.
             *_rows(_IDENTITY, ("joint", "i2i", "i2i"), ("joint-cold-text", "i2i-text", "t2i"),
                 ("joint", "i2i-half", "i2i"), ("joint-cold-text", "i2i-text-long", "t2i")),
-            *_rows(_PAIR, ("joint-pair", "i2i", "i2i"), ("joint-pair-text", "i2i-pair-text", "t2i"),
-                ("joint-pair", "i2i-half", "i2i")),
+            *_rows(_PAIR, ("joint-pair", "i2i", "i2i"), ("joint-pair-cold-text", "i2i-pair-text", "t2i"),
+                ("joint-pair", "i2i-half", "i2i"), ("joint-pair-cold-text", "i2i-pair-text-long", "t2i")),
             *_rows("same images, with and without captions", ("people-joint", "people", "i2i"),
                 ("people-joint-text", "people-text", "t2i")),
             *_rows("both text towers trained before the second stage", ("joint-text", "i2i-warm-text", "t2i")),
             *_rows("text tower as the first stage leaves it, which mixes two causes", ("joint-text", "i2i-text", "t2i"),
-                ("joint-text", "i2i-text-long", "t2i"), decides=False),
+                ("joint-text", "i2i-text-long", "t2i"), ("joint-pair-text", "i2i-pair-text", "t2i"), decides=False),
             *_rows("frozen text tower (T2)", ("anchors", "i2i", "i2i"), ("anchors-text", "i2i-text", "t2i")),
             *_rows("shared classifier (T3)", ("classifier", "people", "i2i"),
                 ("classifier-text", "people-text", "t2i")),
         ), _DIFFERS),
     Claim("H2", "In joint training, a class token for each task is better than one for both.", "arXiv 2511.13575",
         "all", _rows(_IDENTITY, ("joint-dual", "joint-double", "i2i"), ("joint-dual", "joint-double", "t2i")),
-        "HPL starts from CLIP pre-trained on people and adds a class token to a ViT; here the second token of a"
-        " convolutional tower is a second projection, without the prompts of the full method."),
+        "HPL starts from CLIP pre-trained on people and adds a class token to a ViT, and prompts, which are not here;"
+        " in a convolutional tower, which has no tokens, a second projection takes the place of the second token."),
 )  # fmt: skip

@@ -56,8 +56,8 @@ ARMS = {arm.name: arm for arm in _ARMS}
 
 _SOURCE = "arXiv 2401.02173"
 _DIFFERS = (
-    "Lengths, depths and losses are our reconstruction; a ViT of 4 blocks on 64 x 32 pixels starts from generated pairs"
-    " that cover the captions' words instead of CLIP."
+    "Lengths, depths and losses are our reconstruction; a small ViT on small pictures starts from generated pairs that"
+    " cover the captions' words instead of CLIP."
 )
 _MAIN = "deep prompts, 4 in each block"
 CLAIMS = (

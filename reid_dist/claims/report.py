@@ -23,6 +23,7 @@ _LIMITS = {
     "ridge": "ridge from histogram to words (closed form)",
     "oracle": "perfect reader of attributes",
 }
+_SAYS = {"supported": "for it", "contradicted": "against it", "within noise": "too close to tell"}
 Entry = dict[str, Any]
 
 
@@ -54,26 +55,34 @@ def claims_table(results: Entry) -> str:
             claim["text"],
             f"**{claim['verdict'] or 'not run'}**",
             *(_beside(claim, each) for each in ACCOUNTINGS),
-            why(claim),
         )
         for claim in results["claims"]
     ]
-    return _table(("", "claim", "verdict", *ACCOUNTINGS.values(), "why"), rows)
+    return _table(("", "claim", "verdict", *ACCOUNTINGS.values()), rows)
 
 
 def why(claim: Entry) -> str:
-    """One sentence: the comparisons that decide, with their numbers."""
+    """One sentence: which of the deciding comparisons speak for the claim and which against it, with their numbers."""
     by = claim["decided_by"]
     if by is None:
         return "The arms that decide were not run."
     rows = claim["settings"][by["setting"]]["rows"]
     rows = [row for row in rows if row["decides"] and by["accounting"] in row["equal_in"]]
-    parts = [
-        f"{TASKS[row['task']]} {DECIDING} of `{row['better']}` is {_signed(row[DECIDING])} against `{row['worse']}`"
-        f" ({row[DECIDING]['agreeing']} of {len(row[DECIDING]['values'])} seeds agree)"
-        for row in rows
-    ]
-    return "; ".join(parts) + "."
+    parts = []
+    for verdict, says in _SAYS.items():
+        found = [_compared(row) for row in rows if row[DECIDING]["verdict"] == verdict]
+        if found:
+            parts.append(f"{says}: {', '.join(found)}")
+    sentence = "; ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _compared(row: Entry) -> str:
+    judged = row[DECIDING]
+    return (
+        f"{TASKS[row['task']]} {DECIDING} of `{row['better']}` {_signed(judged)} against `{row['worse']}`"
+        f" ({judged['agreeing']} of {len(judged['values'])} seeds)"
+    )
 
 
 def claims_page(results: Entry, picture: str | None) -> str:

@@ -136,7 +136,7 @@ def _arm_entry(
 def _seconds(settings: Settings, arm: Arm, seed: int) -> float | None:
     try:
         found = json.loads((settings.run_folder(arm.name, seed) / COST_FILE).read_text())
-    except OSError:  # stopped between its scores and this file
+    except OSError:  # stopped between its weights and this file
         return None
     return float(found["cpu_seconds"])
 

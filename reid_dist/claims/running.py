@@ -212,18 +212,19 @@ def _stand_alone() -> None:
 
 
 def _run_arm(settings: Settings, arm: Arm, config: RunConfig, seed: int) -> float | None:
-    """Seconds that it took; None when it was complete."""
-    cost = settings.run_folder(arm.name, seed) / COST_FILE
+    """Seconds that it took; None when it had been trained before, whatever a stop left to be done."""
+    trained = settings.export(arm.name, seed).exists()
     wall, processor = time.perf_counter(), time.process_time()
     if arm.dictionary is not None:
         words = read_vocabulary(settings.world(seed) / VOCABULARY_FILE)
         source = TowerSource(str(settings.export(arm.dictionary, seed)), None, None)
         build_dictionary(words, source, settings.run_folder(arm.name, seed) / DICTIONARY_FILE)
     run(config)
-    if cost.is_file():
+    if trained:
         return None
     seconds = time.perf_counter() - wall
-    write_json(cost, {"seconds": round(seconds, 1), "cpu_seconds": round(time.process_time() - processor, 1)})
+    cost = {"seconds": round(seconds, 1), "cpu_seconds": round(time.process_time() - processor, 1)}
+    write_json(settings.run_folder(arm.name, seed) / COST_FILE, cost)
     return seconds
 
 

@@ -6,7 +6,7 @@ from reid_dist.claims.accounting import Cost, equal_in, stage_cost
 from reid_dist.claims.matrix import ARMS
 from reid_dist.claims.running import Settings, arm_config, arm_stage
 
-STEPS, BATCH = 120, 64
+STEPS, BATCH = 100, 64
 UNIT = STEPS * BATCH
 SMALL = 16  # batch of the queue arms
 

@@ -8,8 +8,10 @@ from reid_dist.claims.accounting import ACCOUNTINGS, Cost, equal_in
 from reid_dist.claims.arms import TASKS, Arm, arms_of, chains
 from reid_dist.claims.matrix import ARMS, CLAIMS, SHARED, find_claims
 from reid_dist.claims.running import Settings, arm_config, arm_stage
-from reid_dist.config import I2IStageConfig
+from reid_dist.config import I2IStageConfig, RunConfig
 from reid_dist.errors import UserError
+from reid_dist.models.architecture import build_dual_encoder
+from reid_dist.optim import TrainableGroup, parameter_groups
 
 NAMES = ["C1", "C2", "C3", "C4", "H2", "P1", "P2", "P3", "D1", "D2", "D3", "D4", "D5"]
 
@@ -51,7 +53,7 @@ def test_every_arm_is_a_recipe_that_loads(name: str, settings: Settings) -> None
     config = arm_config(settings, ARMS[name], 3)
     stage = arm_stage(config)
     assert config.seed == 3
-    assert stage.steps == max(1, round(120 * ARMS[name].length))
+    assert stage.steps == max(1, round(100 * ARMS[name].length))
     assert config.stages[0].steps == 0 and not config.stages[0].evaluation.t2i
     assert bool(stage.evaluation.i2i) == ("i2i" in ARMS[name].scored)
     if ARMS[name].weights:
@@ -67,6 +69,23 @@ def test_prompts_go_into_as_many_blocks_as_there_are(settings: Settings) -> None
     model = arm_config(large, ARMS["prompt"], 0).model
     assert model.architecture == "configs/models/vit_small_p8.json"
     assert (model.prompts.visual_depth, model.prompts.text_depth) == (12, 6)
+
+
+@pytest.mark.parametrize("recipe", ["configs/claims.yaml", "configs/claims_gpu.yaml"])
+def test_the_arm_of_a_slow_text_tower_decays_what_the_others_decay(settings: Settings, recipe: str) -> None:
+    settings = Settings(Path(recipe), (), settings.folder, settings.level, settings.sizes)
+    slow, plain = (arm_config(settings, ARMS[name], 0) for name in ("transfer-slow", "t2i"))
+    encoder = build_dual_encoder(plain.model.model_copy(update={"weights": None, "vocabulary": None}))
+    groups = [TrainableGroup(False, dict(encoder.named_parameters()))]
+
+    def rates(config: RunConfig) -> dict[str, tuple[float, float]]:
+        found = parameter_groups(groups, arm_stage(config).optimizer)
+        return {name: (group["lr"], group["weight_decay"]) for group in found for name in group["names"]}
+
+    expected = {
+        name: (lr * (0.2 if name.startswith("text.") else 1), decay) for name, (lr, decay) in rates(plain).items()
+    }
+    assert rates(slow) == expected
 
 
 def test_one_temperature_sampler_and_rate_for_all_arms_that_are_compared_with_each_other(settings: Settings) -> None:

@@ -93,10 +93,13 @@ def test_pairs_are_of_one_seed() -> None:
 
 
 def test_the_sentence_says_what_decides_with_its_numbers() -> None:
-    text = why(claim_entry(CLAIM, scores(a=9, b=5, c=12, d=7), COSTS))
-    assert text == (
-        "I2I mAP of `a` is +4.0 ± 0.0 against `b` (5 of 5 seeds agree); T2I mAP of `a` is +2.0 ± 0.0 against `d`"
-        " (5 of 5 seeds agree)."
+    assert why(claim_entry(CLAIM, scores(a=9, b=5, c=12, d=10), COSTS)) == (
+        "For it: I2I mAP of `a` +4.0 ± 0.0 against `b` (5 of 5 seeds); against it: T2I mAP of `a` -1.0 ± 0.0 against"
+        " `d` (5 of 5 seeds)."
+    )
+    assert why(claim_entry(CLAIM, scores(a=9, b=9, d=7), COSTS)) == (
+        "For it: T2I mAP of `a` +2.0 ± 0.0 against `d` (5 of 5 seeds); too close to tell: I2I mAP of `a` +0.0 ± 0.0"
+        " against `b` (0 of 5 seeds)."
     )
 
 
@@ -139,7 +142,7 @@ def test_everything_is_collected(results: dict[str, Any]) -> None:
     joint = results["arms"]["joint-double"]
     assert joint["gradient_cosine"] == {"all": [0.5] * 5, "stem": [0.0] * 5}
     assert "gradient_cosine" not in results["arms"]["joint"]
-    assert joint["steps"] == 240 and joint["passes"]["total"] == 240 * 64
+    assert joint["steps"] == 200 and joint["passes"]["total"] == 200 * 64
     assert results["world"]["instance"] == 0.5 and results["world"]["hardness"] == 0.6
     rerank = next(claim for claim in results["claims"] if claim["name"] == "D4")
     (setting,) = rerank["settings"].values()
