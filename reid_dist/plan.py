@@ -81,7 +81,7 @@ def plan_stage(config: RunConfig, stage: StageConfig, world_size: int) -> StageP
         key_bytes = module.bytes_beside(world_size)
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in module.parameters()) - trainable
-        batch = _batch(module, rows, model.image_size)
+        batch = _batch(module, rows, model.image_size, _captioned_rows(stage, rows))
         bf16, adam = stage.engine.precision != "fp32", stage.optimizer.name != "sgd"
         activations = _activation_bytes(module, batch, bf16)
         passes = pass_bytes(module, batch, bf16)
@@ -116,16 +116,34 @@ def state_bytes(trainable: int, frozen: int, engine: EngineConfig, world_size: i
     return trainable * sum(per_trainable) + frozen * weight / (world_size if zero >= 3 else 1)
 
 
-def _batch(stage: Stage, rows: int, image_size: tuple[int, int]) -> Batch:
-    length = stage.encoder.text_shape.context_length
-    return {
+def _batch(stage: Stage, rows: int, image_size: tuple[int, int], captioned: int) -> Batch:
+    texts = (captioned, stage.encoder.text_shape.context_length)
+    batch = {
         "image_BCHW": torch.zeros(rows, 3, *image_size, dtype=torch.uint8),
-        "token_BL": torch.zeros(rows, length, dtype=torch.int64),
-        "masked_token_BL": torch.zeros(rows, length, dtype=torch.int64),
-        "masked_label_BL": torch.zeros(rows, length, dtype=torch.int64),
+        "token_BL": torch.zeros(texts, dtype=torch.int64),
+        "masked_token_BL": torch.zeros(texts, dtype=torch.int64),
+        "masked_label_BL": torch.zeros(texts, dtype=torch.int64),
         "pid_B": torch.zeros(rows, dtype=torch.int64),
         "sample_id_B": torch.zeros(rows, dtype=torch.int64),
     }
+    return batch if captioned == rows else {**batch, "captioned_B": torch.arange(rows) < captioned}
+
+
+def _captioned_rows(stage: StageConfig, rows: int) -> int:
+    """Rows of a micro-batch that have captions; all, unless sets with and without share every batch."""
+    data = stage.data
+    if data.mixing != "mixed" or not data.weights:
+        return rows
+    own = sum(weight for name, weight in zip(data.train, data.weights, strict=True) if _is_captioned(stage, name))
+    return round(rows * own / sum(data.weights)) or rows  # of sets without captions no text is read
+
+
+def _is_captioned(stage: StageConfig, name: str) -> bool:
+    """By the manifest; where that is not there yet, all but what the stage scores by images alone."""
+    manifest = _manifest(stage, name)
+    if manifest is not None:
+        return manifest.splits["train"].captions > 0
+    return name in stage.evaluation.t2i or name not in stage.evaluation.i2i
 
 
 def _activation_bytes(stage: Stage, batch: Batch, bf16: bool) -> float:
@@ -151,11 +169,11 @@ def _activation_bytes(stage: Stage, batch: Batch, bf16: bool) -> float:
 
 def _count_identities(stage: StageConfig) -> int:
     """Training identities from the manifests, where the shards are there already."""
-    found: set[str] = set()
-    for name in stage.data.train:
-        path = Path(stage.data.location(name)) / MANIFEST_NAME
-        if not path.is_file():  # an address is not asked either
-            return UNKNOWN_IDENTITIES
-        manifest = Manifest.model_validate_json(path.read_bytes())
-        found |= {f"{name}/{i}" for i in range(manifest.splits["train"].identities)}
-    return len(found) or UNKNOWN_IDENTITIES
+    manifests = [_manifest(stage, name) for name in stage.data.train]
+    found = sum(manifest.splits["train"].identities for manifest in manifests if manifest is not None)
+    return found if found and None not in manifests else UNKNOWN_IDENTITIES
+
+
+def _manifest(stage: StageConfig, name: str) -> Manifest | None:
+    path = Path(stage.data.location(name)) / MANIFEST_NAME
+    return Manifest.model_validate_json(path.read_bytes()) if path.is_file() else None  # an address is not asked

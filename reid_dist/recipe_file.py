@@ -194,7 +194,7 @@ def _messages(error: ValidationError, raw: dict[str, Any], path: Path, told: Seq
             options = [option.strip("' ") for option in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
             reason += _nearest(problem["input"], options)
         shown = f", not {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
-        line = f"{path}: {key}: {reason}{shown}"
+        line = f"{path}: {f'{key}: ' if key else ''}{reason}{shown}"
         if line not in seen:
             seen.add(line)
             yield line

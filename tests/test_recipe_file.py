@@ -88,6 +88,11 @@ def test_stages_that_are_no_list_of_stages_are_told(stages: str, tmp_path: Path)
     assert len(lines) == 1 and lines[0].startswith(f"{path}: stages"), lines
 
 
+def test_a_problem_of_the_whole_recipe_has_no_empty_key(recipe: Path) -> None:
+    (line,) = problems(recipe, "stages.second.name=i2i")
+    assert line.startswith(f"{recipe}: stages: two stages share a name")
+
+
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     assert "cannot read" in problems(tmp_path / "absent.yaml")[0]
     assert "cannot read" in problems(tmp_path)[0]

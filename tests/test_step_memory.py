@@ -15,6 +15,7 @@ from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.plan import plan_stage
 from reid_dist.recipe_file import load_config
 from reid_dist.stages import Batch, Stage, Surroundings, build_stage
+from reid_dist.stages.identity_prompt import IDENTITY_TEXT
 from reid_dist.step_memory import LiveBytes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -23,21 +24,27 @@ MIB = 2**20
 
 def stage_of(recipe: str, name: str, rows: int, ranks: int, *overrides: str) -> tuple[RunConfig, StageConfig]:
     changes = [f"data.global_batch_size={rows * ranks}", "data.identities=751", *overrides]
-    config = load_config(CONFIGS / f"{recipe}.yaml", [f"stages.{name}.{change}" for change in changes])
+    words = ["model.word_gru.dictionary=null"] if recipe.startswith("textreid") else []  # learned: there is no file
+    config = load_config(CONFIGS / f"{recipe}.yaml", [*words, *(f"stages.{name}.{change}" for change in changes)])
     return config, next(stage for stage in config.stages if stage.name == name)
 
 
 def real_stage(config: RunConfig, stage: StageConfig, rows: int) -> Stage:
     encoder = build_dual_encoder(config.model)
     encoder.set_grad_checkpointing(config.model.gradient_checkpointing)
-    return build_stage(stage, encoder, Surroundings(rows, identities=751, precision=stage.engine.precision)).train()
+    handed = {IDENTITY_TEXT: torch.randn(751, encoder.features)}
+    run = Surroundings(rows, identities=751, precision=stage.engine.precision, handed=handed)
+    return build_stage(stage, encoder, run).train()
 
 
-def real_batch(stage: Stage, rows: int, size: tuple[int, int]) -> Batch:
+def real_batch(stage: Stage, rows: int, size: tuple[int, int], mixed: bool) -> Batch:
+    """Every second row without a caption, if it is mixed."""
     shape = stage.encoder.text_shape
-    token_BL = torch.randint(3, shape.vocab_size - 1, (rows, shape.context_length))
+    token_BL = torch.randint(3, shape.vocab_size - 1, (rows // 2 if mixed else rows, shape.context_length))
     token_BL[:, -1] = shape.vocab_size - 1
+    captioned = {"captioned_B": torch.arange(rows) % 2 == 0} if mixed else {}
     return {
+        **captioned,
         "image_BCHW": torch.randint(0, 256, (rows, 3, *size), dtype=torch.uint8),
         "token_BL": token_BL,
         "masked_token_BL": token_BL,
@@ -54,7 +61,7 @@ def measured_peak(config: RunConfig, stage: StageConfig, rows: int) -> int:
         module = real_stage(config, stage, rows)
         engine = Engine(module, stage.engine, stage.optimizer, rows)
         module.start(engine.exact_parameters)
-        batch = real_batch(module, rows, config.model.image_size)
+        batch = real_batch(module, rows, config.model.image_size, stage.kind == "i2i" and bool(stage.data.weights))
         for _ in range(2):
             output = engine(batch)
             engine.backward(output["loss"])
@@ -103,6 +110,8 @@ def test_small_models(name: str, rows: int, ranks: int, cases: list[tuple[str, .
         ("pretrain_vit_b16", "pretrain", 4, 1),
         ("prompt_decoupling_vit_b16", "prompt", 4, 1),
         ("irra_vit_b16", "t2i", 4, 1),
+        ("unified_joint_vit_b16", "joint", 4, 1),
+        ("textreid_rn50", "t2i", 4, 1),
     ],
 )
 def test_full_size_recipes(recipe: str, name: str, rows: int, ranks: int, run_ranks) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -278,15 +280,27 @@ def quickstart(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
+class FastRun(NamedTuple):
+    stdout: str
+    processor_seconds: float  # of all its processes
+
+
 @pytest.fixture(scope="module")
-def fast_run() -> subprocess.CompletedProcess[str]:
+def fast_run() -> FastRun:
+    before = processor_seconds()
     result = quickstart("--fast", "--cpu")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result
+    return FastRun(result.stdout, processor_seconds() - before)
+
+
+def processor_seconds() -> float:
+    """Of the processes that this one started and that have ended, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.slow
-def test_results_have_every_row(fast_run: subprocess.CompletedProcess[str]) -> None:
+def test_results_have_every_row(fast_run: FastRun) -> None:
     results = json.loads((RUN / "results.json").read_text())
     assert {"commit", "seconds", "baselines", "stages"} <= set(results)
     assert {"install", "data", "train", "total"} <= set(results["seconds"])
@@ -299,13 +313,15 @@ def test_results_have_every_row(fast_run: subprocess.CompletedProcess[str]) -> N
 
 
 @pytest.mark.slow
-def test_the_smoke_run_takes_at_most_90_seconds(fast_run: subprocess.CompletedProcess[str]) -> None:
+def test_the_smoke_run_takes_at_most_90_seconds(fast_run: FastRun) -> None:
+    """In processor time, of which two cores give 180 in 90 seconds: other tests run beside this one."""
     seconds = json.loads((RUN / "results.json").read_text())["seconds"]
-    assert seconds["data"] + seconds["train"] + seconds["report"] <= 90
+    assert 0 < seconds["data"] + seconds["train"] + seconds["report"] <= seconds["total"]
+    assert 20 < fast_run.processor_seconds <= 150
 
 
 @pytest.mark.slow
-def test_a_comparison_is_added_to_table_and_results(fast_run: subprocess.CompletedProcess[str]) -> None:
+def test_a_comparison_is_added_to_table_and_results(fast_run: FastRun) -> None:
     """What `--compare` trains; here the stage's own scores stand in its place."""
     beside = RUN / "without-queue"
     shutil.copytree(RUN / "t2i", beside / "t2i")
@@ -323,7 +339,7 @@ def test_a_comparison_is_added_to_table_and_results(fast_run: subprocess.Complet
 
 
 @pytest.mark.slow
-def test_table_sheet_and_curves_are_there(fast_run: subprocess.CompletedProcess[str]) -> None:
+def test_table_sheet_and_curves_are_there(fast_run: FastRun) -> None:
     assert "chance" in fast_run.stdout
     assert "t2i" in fast_run.stdout
     assert Image.open(RUN / "contact_sheet.png").width > 500
@@ -331,7 +347,7 @@ def test_table_sheet_and_curves_are_there(fast_run: subprocess.CompletedProcess[
 
 
 @pytest.mark.slow
-def test_running_it_again_reuses_what_is_there(fast_run: subprocess.CompletedProcess[str]) -> None:
+def test_running_it_again_reuses_what_is_there(fast_run: FastRun) -> None:
     before = {file: file.stat().st_mtime_ns for file in RUN.glob("*/export/model.safetensors")}
     began = time.monotonic()
     again = quickstart("--fast", "--cpu")
@@ -341,7 +357,7 @@ def test_running_it_again_reuses_what_is_there(fast_run: subprocess.CompletedPro
 
 
 @pytest.mark.slow
-def test_a_continued_run_counts_the_time_of_all_its_stages(fast_run: subprocess.CompletedProcess[str]) -> None:
+def test_a_continued_run_counts_the_time_of_all_its_stages(fast_run: FastRun) -> None:
     """The second half of an interrupted run hands over the time of that half only."""
     first = (RUN / "results.json").read_text()
     staged = sum(json.loads(file.read_text())["seconds"] for file in RUN.glob("*/metrics.json"))
