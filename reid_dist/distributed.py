@@ -51,6 +51,8 @@ def initialize(device: torch.device, timeout_s: float = 600.0) -> None:
     set_single_process_environment()
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    if backend == "gloo":  # else a rank 0 that ends at once takes the store away from ranks that still connect
+        dist.barrier()
 
 
 def shutdown() -> None:
