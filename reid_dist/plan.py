@@ -14,6 +14,7 @@ from reid_dist.inputs import check_batch
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.stages import Batch, Stage, Surroundings, build_stage
 from reid_dist.stages.identity_prompt import IDENTITY_TEXT
+from reid_dist.stages.text_losses import IDENTITY_IMAGES
 from reid_dist.step_memory import pass_bytes, peak_bytes
 
 GIB = 2**30
@@ -75,7 +76,7 @@ def plan_stage(config: RunConfig, stage: StageConfig, world_size: int) -> StageP
         encoder.to_empty(device="cpu")
         encoder.set_grad_checkpointing(model.gradient_checkpointing)
         identities = stage.data.identities or _count_identities(stage)
-        handed = {IDENTITY_TEXT: torch.zeros(identities, encoder.features)}
+        handed = dict.fromkeys((IDENTITY_TEXT, IDENTITY_IMAGES), torch.zeros(identities, encoder.features))
         run = Surroundings(rows, precision=stage.engine.precision, identities=identities, handed=handed)
         module = build_stage(stage, encoder, run).train()
         key_bytes = module.bytes_beside(world_size)

@@ -5,15 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from reid_dist import distributed
 from reid_dist.checkpoint import read_export, read_handover, save_export, write_json, write_text
-from reid_dist.config import ModelConfig, RunConfig
+from reid_dist.config import ModelConfig, RunConfig, TextLoss
 from reid_dist.data.loader import TrainLoader
 from reid_dist.data.stream.loader import StreamLoader
 from reid_dist.engine import Engine, prepare_environment
 from reid_dist.errors import UserError
-from reid_dist.inputs import Inputs, build_encoder, open_inputs, stage_fingerprints, stage_seed, train_loader
+from reid_dist.evaluation.identity_means import identity_means
+from reid_dist.inputs import (
+    Inputs,
+    build_encoder,
+    caption_losses,
+    open_inputs,
+    stage_fingerprints,
+    stage_seed,
+    train_loader,
+)
 from reid_dist.metrics import StageLog, say
 from reid_dist.models.dual_encoder import DualEncoder
 from reid_dist.models.first_weights import load_first_weights
@@ -21,6 +31,7 @@ from reid_dist.models.weights import load_weights
 from reid_dist.recipe_file import dump_config
 from reid_dist.scoring import START, evaluate, is_scored, record_scores
 from reid_dist.stages import Surroundings, build_stage
+from reid_dist.stages.text_losses import IDENTITY_IMAGES
 from reid_dist.trainer import train
 
 
@@ -115,10 +126,10 @@ def _train(
     )
     if config.model.sync_batch_norm:
         encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)  # type: ignore[no-untyped-call]
+    handed = _handed(config, index, encoder, loader, device)
     # Heads are drawn from a seed of their own stage, whatever was drawn before.
     seed = stage_seed(config, index)
     torch.manual_seed(seed)
-    previous = config.output_dir / config.stages[index - 1].name / "export" if index else None
     surroundings = Surroundings(
         loader.local_batch_size,
         device,
@@ -126,7 +137,7 @@ def _train(
         seed,
         loader.num_identities,
         inputs.tokenizer,
-        read_handover(previous) if previous is not None else {},
+        handed,
     )
     stage = build_stage(stage_config, encoder, surroundings)
     engine = Engine(stage, stage_config.engine, stage_config.optimizer, loader.local_batch_size)
@@ -156,6 +167,19 @@ def _train(
         write_json(folder / "training.json", log.history)
     found = {"trainable": trainable, "frozen": frozen, "identities": loader.num_identities}
     return {"full_state": full_state, "handover": handover, **found}
+
+
+def _handed(
+    config: RunConfig, index: int, encoder: DualEncoder, loader: TrainLoader | StreamLoader, device: torch.device
+) -> dict[str, Tensor]:
+    """What a stage needs beside the encoder: from the stage before it, and of the images that it trains on."""
+    handed = read_handover(config.output_dir / config.stages[index - 1].name / "export") if index else {}
+    stage = config.stages[index]
+    text = caption_losses(stage)
+    if isinstance(text, TextLoss) and text.with_prototypes and isinstance(loader, TrainLoader):
+        means_CD = identity_means(encoder.to(device), loader.samples, stage.evaluation.batch_size, device)
+        handed = {**handed, IDENTITY_IMAGES: means_CD}
+    return handed
 
 
 def _source_of(loader: TrainLoader | StreamLoader) -> str:

@@ -207,6 +207,23 @@ def test_pure_bf16_needs_a_zero_stage_with_fp32_masters(recipe: Path) -> None:
     load_config(recipe, ["engine.precision=bf16", "engine.zero_stage=0"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stages.second.loss.classifier=prototypes", "stages.second.freeze=[]"], "set freeze=[visual]"),
+        (["stages.second.loss.classifier=prototypes", "stages.second.train_prompts=true"], "without train_prompts"),
+        (["stages.i2i.loss.text_weight=1", "stages.i2i.loss.text.classifier=prototypes"], "need a frozen image tower"),
+    ],
+)
+def test_prototypes_need_image_features_that_stay(overrides: list[str], words: str, recipe: Path) -> None:
+    weights = [
+        f"{override.split('classifier')[0]}identity_weight=1" for override in overrides if "classifier" in override
+    ]
+    (line,) = problems(recipe, *weights, *overrides)
+    assert "classifier: prototypes" in line and words in line
+    load_config(recipe, ["stages.second.loss.identity_weight=1", "stages.second.loss.classifier=prototypes"])
+
+
 QUEUE = "stages.second.loss.queue_size=4096"
 
 

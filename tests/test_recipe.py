@@ -158,6 +158,17 @@ def test_accumulation_with_cached_gradients_changes_no_loss(finished, recipe, ru
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), stage
 
 
+def test_captions_learn_from_the_mean_images_of_identities_on_any_number_of_ranks(recipe, run_ranks, tmp_path) -> None:
+    loss = "{contrastive_weight: 0, identity_weight: 1, classifier: prototypes}"
+    changes = ["stages.pretrain.steps=0", "stages.i2i.steps=0", "stages.t2i.freeze=[visual]", f"stages.t2i.loss={loss}"]
+    curves = []
+    for ranks, zero in ((1, 0), (2, 3)):
+        folder = tmp_path / str(ranks)
+        run_ranks(ranks, run, recipe(folder, *changes, f"stages.t2i.engine.zero_stage={zero}"))
+        curves.append([point["loss"] for point in json.loads((folder / "t2i" / "training.json").read_text())])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4) and curves[0][-1] < curves[0][0]
+
+
 def test_a_stage_of_no_steps_hands_the_weights_on(recipe, run_ranks, tmp_path: Path) -> None:
     config = recipe(tmp_path / "run", "stages.pretrain.steps=0", "stages.i2i.steps=0", "stages.t2i.steps=0")
     run_ranks(1, run, config)

@@ -73,8 +73,10 @@ class TextLoss(ContrastiveLoss):
     sdm_weight: NotNegative = Field(0.0, description="of IRRA's similarity distribution matching")
     alignment_weight: NotNegative = Field(0.0, description="of TextReID's (ViTAA's) alignment loss")
     identity_weight: NotNegative = Field(0.0, description="of the mean of both modalities' identity losses")
-    classifier: Literal["linear", "normalised", "neck", "shared"] = Field(
-        "linear", description="of both modalities: IRRA's, TextReID's, with a BNNeck, or that of the i2i stage's images"
+    classifier: Literal["linear", "normalised", "neck", "shared", "prototypes"] = Field(
+        "linear",
+        description="of both modalities: IRRA's, TextReID's, with a BNNeck, or that of the i2i stage's images;"
+        " prototypes: of captions alone, against the mean image feature of each identity",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     mlm_weight: NotNegative = Field(0.0, description="of IRRA's masked words, found again with the image's help")
@@ -84,6 +86,11 @@ class TextLoss(ContrastiveLoss):
         "mlm", description="losses that see captions with hidden words; all: as in IRRA's code, which hides in place"
     )
     mask_probability: float = Field(0.15, gt=0, lt=1, description="share of a caption's words that are hidden")
+
+    @property
+    def with_prototypes(self) -> bool:
+        """Whether captions are told apart by the identities' mean image features."""
+        return self.identity_weight > 0 and self.classifier == "prototypes"
 
     @model_validator(mode="after")
     def _no_idle_settings(self) -> "TextLoss":

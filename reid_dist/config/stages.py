@@ -99,7 +99,7 @@ class PromptStageConfig(StageConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> "PromptStageConfig":
-        if self.loss.queue_size or self.loss.classifier == "shared":
+        if self.loss.queue_size or self.loss.classifier in ("shared", "prototypes"):
             raise ValueError("loss: a prompt stage has no momentum encoders and no images' classifier; remove the keys")
         return self
 
@@ -120,6 +120,8 @@ class I2IStageConfig(StageConfig):
     @model_validator(mode="after")
     def _possible(self) -> "I2IStageConfig":
         _require_momentum_possible(self.loss.text, self.engine)
+        if self.loss.text.with_prototypes:
+            raise ValueError("loss.text.classifier: prototypes need a frozen image tower; choose another classifier")
         if self.loss.conflict_every and self.data.mixing != "mixed":
             raise ValueError("loss.conflict_every: needs both tasks in every batch; set data.mixing to mixed")
         if self.freeze and self.train_prompts and self.loss.text.queue_size:
@@ -143,6 +145,11 @@ class T2IStageConfig(StageConfig):
         _require_momentum_possible(self.loss, self.engine)
         if self.loss.classifier == "shared":
             raise ValueError("loss.classifier: shared means with the i2i stage's; choose linear, normalised or neck")
+        if self.loss.with_prototypes and ("visual" not in self.freeze or self.train_prompts):
+            raise ValueError(
+                "loss.classifier: prototypes are of image features that stay as they are; set freeze=[visual] without"
+                " train_prompts, or choose linear, normalised or neck"
+            )
         return self
 
 

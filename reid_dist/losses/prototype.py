@@ -1,4 +1,4 @@
-"""Contrast between images and one text feature of each identity.
+"""Contrast between images and one text feature of each identity, or texts and one image feature.
 
 Shape suffixes: B rows of this rank, D feature size, C identities.
 """
@@ -37,7 +37,9 @@ def all_identities_contrast(
     """L_i2tce of CLIP-ReID's second stage (Li, Sun & Li, AAAI 2023, eq. 8): images against ALL identities' texts.
 
     -1/G sum_i sum_c q_ic log [ exp(s(v_i, t_c)) / sum_a exp(s(v_i, t_a)) ] with q_ic = (1 - eps) 1[c = y_i] + eps / C
-    and s as in `identity_text_contrast`. HPL's L_cic (AAAI 2026) is the same without smoothing.
+    and s as in `identity_text_contrast`. HPL's L_cic (AAAI 2026) is the same without smoothing. With the roles swapped,
+    captions against the mean image features of the identities, it is one form of the text stage's identity loss
+    (methods.md 1.4).
 
     Args:
         image_BD: Shape: (B, D).

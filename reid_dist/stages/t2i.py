@@ -9,7 +9,7 @@ from reid_dist.models.dual_encoder import DualEncoder
 from reid_dist.stages.base import Stage
 from reid_dist.stages.contract import ALONE, Batch, Features, State, Surroundings
 from reid_dist.stages.momentum_contrast import MomentumContrast
-from reid_dist.stages.text_losses import TextLosses, encode_pairs, fix_temperature
+from reid_dist.stages.text_losses import IDENTITY_IMAGES, TextLosses, encode_pairs, fix_temperature
 
 
 class T2IStage(Stage):
@@ -37,7 +37,9 @@ class T2IStage(Stage):
         fix_temperature(encoder, loss)
         if loss.mlm_weight:
             encoder.require_tokens("loss.mlm_weight")
-        self.text_losses = TextLosses(loss, encoder.features, encoder.text_shape.vocab_size, run.identities)
+        prototype_CD = run.handed.get(IDENTITY_IMAGES)
+        vocabulary = encoder.text_shape.vocab_size
+        self.text_losses = TextLosses(loss, encoder.features, vocabulary, run.identities, prototype_CD=prototype_CD)
         if loss.queue_size:
             self.moco = MomentumContrast(encoder, self.frozen, loss, run, loss.positives, "pid_B")
 

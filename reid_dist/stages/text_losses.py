@@ -13,6 +13,7 @@ from reid_dist.config import ContrastiveLoss, TextLoss
 from reid_dist.losses.alignment import alignment_loss
 from reid_dist.losses.contrastive import contrastive_loss
 from reid_dist.losses.mlm import masked_language_loss
+from reid_dist.losses.prototype import all_identities_contrast
 from reid_dist.losses.sdm import sdm_loss
 from reid_dist.models.cross_modal import CrossModalEncoder
 from reid_dist.models.dual_encoder import DualEncoder
@@ -21,6 +22,7 @@ from reid_dist.stages.contract import Batch, Features, State
 from reid_dist.stages.momentum_contrast import MomentumContrast
 from reid_dist.stages.sharded_identity import head_loss
 
+IDENTITY_IMAGES = "identity_image_CD"  # what a stage is handed for `classifier: prototypes`
 CLASSIFIERS = {"linear": LinearClassifier, "normalised": NormalizedClassifier, "neck": IdentityClassifier}
 
 
@@ -35,10 +37,19 @@ class TextLosses(nn.Module):
         vocab_size: V.
         identities: C.
         shared: classifier of the images' identities, used for both modalities where the setting says so.
+        prototype_CD: mean image feature of each identity, of unit length, used where the setting says so.
     """
 
+    prototype_CD: Tensor
+
     def __init__(
-        self, setting: TextLoss, features: int, vocab_size: int, identities: int, shared: nn.Module | None = None
+        self,
+        setting: TextLoss,
+        features: int,
+        vocab_size: int,
+        identities: int,
+        shared: nn.Module | None = None,
+        prototype_CD: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.setting = setting
@@ -46,7 +57,11 @@ class TextLosses(nn.Module):
         self.cross_modal: CrossModalEncoder | None = None
         # In a list, so that the parameters of another's module do not count as this one's.
         self._shared = [] if shared is None else [shared]
-        if setting.identity_weight and setting.classifier != "shared":
+        if setting.with_prototypes:
+            if prototype_CD is None:
+                raise ValueError("classifier: prototypes without prototypes; hand them over")
+            self.register_buffer("prototype_CD", prototype_CD)
+        elif setting.identity_weight and setting.classifier != "shared":
             self.classifier = CLASSIFIERS[setting.classifier](features, identities)
         if setting.mlm_weight:
             self.cross_modal = CrossModalEncoder(features, setting.mlm_depth, vocab_size)
@@ -74,7 +89,10 @@ class TextLosses(nn.Module):
             parts["sdm"] = sdm_loss(image_BD, text_BD, log_scale, pid_B)
         if setting.alignment_weight:
             parts["alignment"] = alignment_loss(image_BD, text_BD, pid_B)
-        if setting.identity_weight:
+        if setting.with_prototypes:
+            smoothing = setting.label_smoothing
+            parts["identity"] = all_identities_contrast(text_BD, self.prototype_CD, pid_B, log_scale, smoothing)
+        elif setting.identity_weight:
             parts["identity"] = self._identity(image_BD, text_BD, pid_B)
         if self.cross_modal is not None:
             logits_BLV = self.cross_modal(features["masked_token_BLD"], features["image_token_BND"])
@@ -92,7 +110,9 @@ class TextLosses(nn.Module):
 
 def fix_temperature(encoder: DualEncoder, setting: ContrastiveLoss) -> None:
     """Puts a fixed temperature into the encoder, where it is exported; a learned one trains."""
-    used = not isinstance(setting, TextLoss) or setting.contrastive_weight > 0 or setting.sdm_weight > 0
+    used = True
+    if isinstance(setting, TextLoss):
+        used = setting.contrastive_weight > 0 or setting.sdm_weight > 0 or setting.with_prototypes
     encoder.logit_scale.requires_grad_(used and setting.temperature is None)
     if setting.temperature is not None:
         with torch.no_grad():

@@ -17,7 +17,7 @@ from reid_dist.losses.sigmoid import sigmoid_loss
 from reid_dist.stages.contract import Surroundings
 from reid_dist.stages.pretrain import PretrainStage
 from reid_dist.stages.t2i import T2IStage
-from reid_dist.stages.text_losses import TextLosses, fix_temperature
+from reid_dist.stages.text_losses import IDENTITY_IMAGES, TextLosses, fix_temperature
 
 PIDS = torch.tensor([0, 0, 1, 2, 2, 4])
 RUN = Surroundings(6, identities=5)
@@ -69,6 +69,30 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(make_encoder) -> None:
         torch.testing.assert_close(output["metrics"][name], part, msg=name)
     expected = sum(getattr(ALL, f"{name}_weight") * part for name, part in parts.items())
     torch.testing.assert_close(output["loss"], expected)
+
+
+def test_prototypes_draw_captions_to_the_images_of_their_identity(make_encoder) -> None:
+    setting = TextLoss(contrastive_weight=0, identity_weight=2, classifier="prototypes", label_smoothing=0.1)
+    prototype_CD = torch.nn.functional.normalize(torch.randn(5, 12, generator=torch.Generator().manual_seed(1)), dim=1)
+    run = Surroundings(6, identities=5, handed={IDENTITY_IMAGES: prototype_CD})
+    stage, batch = T2IStage(make_encoder(), setting, freeze=["visual"], run=run).train(), make_batch()
+    text = torch.nn.functional.normalize(stage.encoder.text(batch["token_BL"]).double(), dim=1)
+    logits = stage.encoder.logit_scale.double().exp() * text @ prototype_CD.double().T
+    wanted = torch.full((6, 5), 0.1 / 5, dtype=torch.float64)
+    wanted[torch.arange(6), PIDS] += 0.9
+    expected = -(wanted * logits.log_softmax(1)).sum(1).mean()
+    output = stage(batch)
+    torch.testing.assert_close(output["loss"].double(), 2 * expected, rtol=1e-6, atol=1e-6)
+    output["loss"].backward()
+    trained = {name for name, weight in stage.named_parameters() if weight.grad is not None}
+    assert "encoder.logit_scale" in trained and any(name.startswith("encoder.text.") for name in trained)
+    assert not any(name.startswith("encoder.visual.") for name in trained)
+
+
+def test_prototypes_must_be_handed_over(make_encoder) -> None:
+    setting = TextLoss(identity_weight=1, classifier="prototypes")
+    with pytest.raises(ValueError, match="without prototypes"):
+        T2IStage(make_encoder(), setting, freeze=["visual"], run=RUN)
 
 
 def test_a_shared_classifier_is_not_counted_twice() -> None:
