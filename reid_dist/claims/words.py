@@ -67,6 +67,7 @@ _WORD_ARMS = (
         scored=_RERANKED),
     Arm("words-unimodal", "vision of i2i-scratch, learned words, GRU", text_stage(), _LEARNED, weights=None,
         visual="i2i-scratch", scored=_RERANKED),
+    Arm("sentence", "base, its text tower frozen but for the last map", text_stage(freeze=["text_trunk"]), scored=_T2I),
     Arm("transfer-slow", "base, its text tower at a fifth of the rate", text_stage(optimizer=_SLOW_TEXT),
         scored=_RERANKED),
 )  # fmt: skip
@@ -104,6 +105,7 @@ CLAIMS = (
     Claim("D3", "Frozen words and a GRU are better than fine-tuning the whole text tower.", _SOURCE, "all", (
             Row("same rate for both towers", "words", "t2i"),
             Row("text tower at a fifth of the rate", "words", "transfer-slow"),
+            Row("frozen sentences", "words", "sentence"),
         ), _WORDS_DIFFERS),
     Claim("D4", "Re-ranking by shared neighbours raises the metrics.", _SOURCE, "all",
         tuple(Row("5 neighbours, weight .05", name, name, "reranked", "t2i") for name in _ALL_RERANKED),

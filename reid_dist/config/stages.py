@@ -37,7 +37,9 @@ class StageConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")
     kind: StageKind = Field(description="pretrain, prompt, identity_prompt, i2i or t2i; the name when absent")
     steps: int = Field(ge=0, description="optimizer steps; 0 hands the weights on untouched")
-    freeze: list[Literal["visual", "text"]] = Field(default_factory=list, description="towers that do not train")
+    freeze: list[Literal["visual", "text", "visual_trunk", "text_trunk"]] = Field(
+        default_factory=list, description="towers that do not train; a trunk: all of one but its last linear map"
+    )
     train_prompts: bool = Field(False, description="model.prompts train too; else only in a stage of kind prompt")
     data: DataConfig = DataConfig()
     engine: EngineConfig = EngineConfig()
@@ -64,7 +66,7 @@ class StageConfig(Section):
                 "train_prompts: a frozen tower's features are the queue's keys, through which its prompts cannot learn;"
                 " remove freeze, train_prompts or loss.queue_size"
             )
-        if set(self.freeze) == {"visual", "text"} and not self.train_prompts:
+        if set(self.freeze) >= {"visual", "text"} and not self.train_prompts:
             raise ValueError("freeze leaves nothing to train")
         return self
 
@@ -85,7 +87,7 @@ class PretrainStageConfig(StageConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> "PretrainStageConfig":
-        if self.patch_dropout and "visual" in self.freeze:
+        if self.patch_dropout and {"visual", "visual_trunk"} & set(self.freeze):
             raise ValueError("patch_dropout: a frozen image tower sees all patches; remove one of the two")
         _require_momentum_possible(self.loss, self.engine)
         return self

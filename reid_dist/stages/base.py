@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reid_dist.errors import UserError
 from reid_dist.models.dual_encoder import DualEncoder
+from reid_dist.models.momentum import TOWERS
+from reid_dist.models.projection import projection_names
 from reid_dist.models.sharded_classifier import ShardedClassifier
 from reid_dist.optim import TrainableGroup
 from reid_dist.stages.contract import Batch, Features, StageOutput, State, Weights
@@ -22,22 +25,29 @@ class Stage(nn.Module):
 
     Args:
         encoder: the dual encoder, changed by training.
-        freeze: names of towers (`visual`, `text`) that do not train and stay in evaluation mode.
+        freeze: names of towers (`visual`, `text`) that do not train and stay in evaluation mode, or of their trunks
+            (`visual_trunk`, `text_trunk`): all but the last linear map, which trains.
         train_prompts: the towers' prompts train, those of frozen towers too; False: none do.
 
     Attributes:
+        frozen: towers that do not train at all.
         moco: queue and key encoders of the stages that have them.
         sharded: class centres that the ranks hold together, of the stages that have them.
+
+    Raises:
+        UserError: a trunk is to be frozen of a tower that has no last linear map.
     """
 
     def __init__(self, encoder: DualEncoder, freeze: Iterable[str] = (), train_prompts: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
-        self.frozen = tuple(freeze)
+        freeze = tuple(freeze)
+        self.frozen = tuple(name for name in freeze if name in TOWERS)
+        self._still = {name.removesuffix("_trunk") for name in freeze}
         self.moco: MomentumContrast | None = None
         self.sharded: ShardedClassifier | None = None
-        for tower in self.frozen:
-            getattr(encoder, tower).requires_grad_(False)
+        for name in freeze:
+            _freeze(encoder, name)
         for prompts in encoder.prompts().values():
             prompts.requires_grad_(train_prompts)
 
@@ -127,8 +137,19 @@ class Stage(nn.Module):
         return [TrainableGroup(False, old), TrainableGroup(True, new)]
 
     def train(self, mode: bool = True) -> "Stage":
-        """Training mode for all but the frozen towers, whose normalisation and dropout must not move."""
+        """Training mode for all but frozen towers and trunks, whose normalisation and dropout must not move."""
         super().train(mode)
-        for tower in self.frozen:
+        for tower in self._still:
             getattr(self.encoder, tower).eval()
         return self
+
+
+def _freeze(encoder: DualEncoder, name: str) -> None:
+    """Keeps a tower from training, or with `_trunk` behind its name all of it but the last linear map."""
+    tower = getattr(encoder, name.removesuffix("_trunk"))
+    trained = projection_names(tower) if name not in TOWERS else set()
+    if name not in TOWERS and not trained:
+        raise UserError(f"freeze: {name}: this tower has no last linear map that could train; give it model.projection")
+    for weight, parameter in tower.named_parameters():
+        if weight not in trained:
+            parameter.requires_grad_(False)

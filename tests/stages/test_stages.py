@@ -14,6 +14,7 @@ from reid_dist.config import (
     TextLoss,
 )
 from reid_dist.data.tokenizer import WordTokenizer
+from reid_dist.errors import UserError
 from reid_dist.losses.contrastive import contrastive_loss
 from reid_dist.losses.identity import identity_loss
 from reid_dist.losses.triplet import batch_hard_triplet_loss
@@ -253,3 +254,23 @@ def test_settings_of_the_configuration_reach_the_stage(make_encoder) -> None:
     assert build_stage(
         stage_config("pretrain", freeze=["text"]), make_encoder(), Surroundings(identities=9)
     ).frozen == ("text",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "trunk", "trained"), [("t2i", "text_trunk", "text.text_projection"), ("i2i", "visual_trunk", "projection")]
+)
+def test_of_a_frozen_trunk_the_last_map_trains(make_encoder, kind: str, trunk: str, trained: str) -> None:
+    tower = trunk.removesuffix("_trunk")
+    stage = build_stage(stage_config(kind, freeze=[trunk]), make_encoder(), RUN).train()
+    names = {name for name, p in getattr(stage.encoder, tower).named_parameters() if p.requires_grad}
+    assert names and all(f"{tower}.{name}".startswith((trained, f"{tower}.{trained}")) for name in names)
+    assert not getattr(stage.encoder, tower).training and stage.frozen == (("text",) if kind == "i2i" else ())
+    if kind == "t2i":
+        assert stage.encoder.visual.training and all(p.requires_grad for p in stage.encoder.visual.parameters())
+
+
+def test_a_trunk_without_a_last_map_cannot_be_frozen(make_encoder) -> None:
+    encoder = make_encoder()
+    encoder.text.text_projection = None
+    with pytest.raises(UserError, match="freeze: text_trunk: this tower has no last linear map"):
+        build_stage(stage_config("t2i", freeze=["text_trunk"]), encoder, RUN)
