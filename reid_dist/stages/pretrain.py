@@ -1,5 +1,6 @@
 """Generic image-text pretraining: a contrastive loss on pairs without identities."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -16,14 +17,15 @@ from reid_dist.stages.momentum_contrast import MomentumContrast
 from reid_dist.stages.text_losses import encode_pairs, fix_temperature
 
 _BIAS = "sigmoid_bias"
-_SIGMOID_BIAS = -10.0  # SigLIP's start: nearly all pairs of a batch do not match
+_FIRST_SCALE, _FIRST_BIAS = 10.0, -10.0  # SigLIP's start: nearly all pairs of a batch do not match
 
 
 class PretrainStage(Stage):
     """Each image against the captions and the reverse; the own pair is the only positive.
 
     Within the global batch it is the loss of CLIP (Radford et al. 2021) or SigLIP (Zhai et al. 2023), against a queue
-    that of CM-MoCo. To SigLIP's loss and to the queue a sample met again is no negative of itself.
+    that of CM-MoCo. To SigLIP's loss and to the queue a sample met again is no negative of itself. SigLIP's begins with a
+    scale of 10 and a bias of -10, unless a stage before left its own.
 
     Args:
         encoder: see `Stage`.
@@ -49,7 +51,11 @@ class PretrainStage(Stage):
         if patch_dropout:
             set_patch_dropout(encoder.visual, patch_dropout)
         if loss.objective == "sigmoid":
-            self.bias = nn.Parameter(run.handed.get(_BIAS, torch.full((1,), _SIGMOID_BIAS)).clone())
+            if (
+                _BIAS not in run.handed and loss.temperature is None
+            ):  # the first such stage: a scale of CLIP's is no use
+                nn.init.constant_(encoder.logit_scale, math.log(_FIRST_SCALE))
+            self.bias = nn.Parameter(run.handed.get(_BIAS, torch.full((1,), _FIRST_BIAS)).clone())
         if loss.queue_size:
             self.moco = MomentumContrast(encoder, self.frozen, loss, run, "pair", "sample_id_B")
 

@@ -154,3 +154,15 @@ def test_patch_dropout_is_of_the_stage_and_of_training_alone(make_encoder) -> No
     assert stage.eval()(batch)["loss"].equal(stage(batch)["loss"])
     with pytest.raises(UserError, match="patch_dropout"):
         PretrainStage(make_encoder("row_conv"), PretrainLoss(), patch_dropout=0.5)
+
+
+def test_a_sigmoid_stage_begins_with_the_published_scale_and_keeps_that_of_the_one_before(make_encoder) -> None:
+    encoder, setting = make_encoder(), PretrainLoss(objective="sigmoid")
+    first = PretrainStage(encoder, setting)
+    assert encoder.logit_scale.exp().item() == pytest.approx(10) and first.bias.item() == -10
+    encoder.logit_scale.data.fill_(3.0)
+    handed = first.handover({"bias": torch.full((1,), -7.0)})
+    second = PretrainStage(encoder, setting, run=Surroundings(6, handed=handed))
+    assert encoder.logit_scale.item() == 3.0 and second.bias.item() == -7
+    fixed = PretrainStage(make_encoder(), PretrainLoss(objective="sigmoid", temperature=0.1))
+    assert fixed.encoder.logit_scale.exp().item() == pytest.approx(10)
