@@ -24,8 +24,8 @@ class PretrainStage(Stage):
     """Each image against the captions and the reverse; the own pair is the only positive.
 
     Within the global batch it is the loss of CLIP (Radford et al. 2021) or SigLIP (Zhai et al. 2023), against a queue
-    that of CM-MoCo. To SigLIP's loss and to the queue a sample met again is no negative of itself. SigLIP's begins with a
-    scale of 10 and a bias of -10, unless a stage before left its own.
+    that of CM-MoCo. To SigLIP's loss and to the queue a sample met again is no negative of itself. SigLIP's begins with
+    a scale of 10 and a bias of -10, unless a stage before left its own.
 
     Args:
         encoder: see `Stage`.
@@ -53,7 +53,7 @@ class PretrainStage(Stage):
         if loss.objective == "sigmoid":
             if (
                 _BIAS not in run.handed and loss.temperature is None
-            ):  # the first such stage: a scale of CLIP's is no use
+            ):  # CLIP's scale would be no use
                 nn.init.constant_(encoder.logit_scale, math.log(_FIRST_SCALE))
             self.bias = nn.Parameter(run.handed.get(_BIAS, torch.full((1,), _FIRST_BIAS)).clone())
         if loss.queue_size:
