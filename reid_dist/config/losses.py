@@ -116,7 +116,7 @@ class I2ILoss(Section):
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     identity_weight: NotNegative = 1.0
     triplet_weight: NotNegative = 1.0
-    triplet_margin: NotNegative = 0.3
+    triplet_margin: NotNegative | None = Field(0.3, description="none: soft, log(1 + exp(...))")
     image_rows: Literal["all", "uncaptioned"] = Field(
         "all", description="images of these losses; uncaptioned: in a mix, those of the sets without captions"
     )

@@ -51,9 +51,7 @@ class PretrainStage(Stage):
         if patch_dropout:
             set_patch_dropout(encoder.visual, patch_dropout)
         if loss.objective == "sigmoid":
-            if (
-                _BIAS not in run.handed and loss.temperature is None
-            ):  # CLIP's scale would be no use
+            if _BIAS not in run.handed and loss.temperature is None:  # CLIP's scale would be no use
                 nn.init.constant_(encoder.logit_scale, math.log(_FIRST_SCALE))
             self.bias = nn.Parameter(run.handed.get(_BIAS, torch.full((1,), _FIRST_BIAS)).clone())
         if loss.queue_size:

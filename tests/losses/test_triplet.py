@@ -11,24 +11,26 @@ def make(rows: int = 12, features: int = 4) -> Tensor:
     return torch.randn(rows, features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def oracle(feature: Tensor, pid: list[int], margin: float) -> float:
+def oracle(feature: Tensor, pid: list[int], margin: float | None) -> float:
     rows = feature.tolist()
     total = 0.0
     for i, anchor in enumerate(rows):
         positives = [math.dist(anchor, rows[j]) for j in range(len(rows)) if pid[j] == pid[i]]  # itself included
         negatives = [math.dist(anchor, rows[j]) for j in range(len(rows)) if pid[j] != pid[i]]
         if negatives:
-            total += max(0.0, margin + max(positives) - min(negatives))
+            excess = max(positives) - min(negatives)
+            total += math.log1p(math.exp(excess)) if margin is None else max(0.0, margin + excess)
     return total / len(rows)
 
 
+@pytest.mark.parametrize("margin", [0.3, 0.0, None])
 @pytest.mark.parametrize(
     "pid", [[0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 3, 3], list(range(12))]
 )
-def test_equals_the_double_loop(pid: list[int]) -> None:
-    found = batch_hard_triplet_loss(make(), torch.tensor(pid), 0.3)
+def test_equals_the_double_loop(pid: list[int], margin: float | None) -> None:
+    found = batch_hard_triplet_loss(make(), torch.tensor(pid), margin)
     assert found.shape == ()
-    assert found.item() == pytest.approx(oracle(make(), pid, 0.3), rel=1e-12)
+    assert found.item() == pytest.approx(oracle(make(), pid, margin), rel=1e-12)
 
 
 def test_hand_made_case_uses_plain_distances_and_the_hardest_of_each() -> None:
@@ -45,9 +47,10 @@ def test_an_anchor_alone_of_its_identity_is_its_own_positive() -> None:
     assert found.item() == pytest.approx(0.3 - 0.1)
 
 
-def test_without_any_negative_loss_and_gradient_are_zero() -> None:
+@pytest.mark.parametrize("margin", [0.3, None])
+def test_without_any_negative_loss_and_gradient_are_zero(margin: float | None) -> None:
     feature = (1e6 * make(4)).requires_grad_()  # farther apart than any number that would stand for infinity
-    loss = batch_hard_triplet_loss(feature, torch.tensor([5, 5, 5, 5]))
+    loss = batch_hard_triplet_loss(feature, torch.tensor([5, 5, 5, 5]), margin)
     loss.backward()
     assert loss.item() == 0
     assert feature.grad is not None and not feature.grad.any()
@@ -63,9 +66,10 @@ def test_equal_images_give_a_finite_gradient() -> None:
     assert feature.grad is not None and bool(feature.grad.isfinite().all())
 
 
-def test_gradient_equals_finite_differences() -> None:
+@pytest.mark.parametrize("margin", [2.0, None])
+def test_gradient_equals_finite_differences(margin: float | None) -> None:
     pid = torch.tensor([0, 0, 1, 1, 2])
-    assert torch.autograd.gradcheck(lambda x: batch_hard_triplet_loss(x, pid, 2.0), (make(5).requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda x: batch_hard_triplet_loss(x, pid, margin), (make(5).requires_grad_(),))
 
 
 def test_distances_far_from_the_origin_keep_their_digits() -> None:
