@@ -15,10 +15,12 @@ from reid_dist.config import ModelConfig, RunConfig, StageConfig
 from reid_dist.data.transforms import decoder_name
 from reid_dist.errors import UserError
 from reid_dist.files import content_sha256, flush, replace_folder
+from reid_dist.models.architecture import read_architecture
 from reid_dist.models.weights import EXPORT_FILE, MANIFEST_FILE
 
 FORMAT_VERSION = 1
 HANDOVER_FILE = "handover.safetensors"
+ARCHITECTURE_FILE = "architecture.json"  # where the architecture is a file, so that the export needs no other one
 _PREFIX = "encoder."
 # Of the model's settings: files whose content an export holds.
 _WORDS = {"dictionary": True, "rows": True}
@@ -81,6 +83,8 @@ def save_export(
     partial.mkdir(parents=True)
     state = {name.removeprefix(_PREFIX): t.contiguous() for name, t in full_state.items() if name.startswith(_PREFIX)}
     save_file(state, partial / EXPORT_FILE)
+    if model.architecture.endswith(".json"):
+        (partial / ARCHITECTURE_FILE).write_text(json.dumps(read_architecture(model.architecture), indent=1))
     manifest = {
         "format_version": FORMAT_VERSION,
         "sha256": file_sha256(partial / EXPORT_FILE),

@@ -67,7 +67,9 @@ def test_the_manifest_says_what_was_exported(architecture: str, tmp_path: Path) 
     assert (manifest["stage"], manifest["fingerprint"], manifest["words"]) == ("t2i", "seed 0", ["red", "coat"])
     assert manifest["model"]["image_size"] == [64, 32] and "weights" not in manifest["model"]
     assert manifest["versions"]["torch"]
-    assert sorted(file.name for file in (tmp_path / "export").iterdir()) == ["manifest.json", "model.safetensors"]
+    found = sorted(file.name for file in (tmp_path / "export").iterdir())
+    assert found == ["architecture.json", "manifest.json", "model.safetensors"]
+    assert json.loads((tmp_path / "export" / found[0]).read_text()) == json.loads(Path(architecture).read_text())
     assert "head.weight" not in load_file(tmp_path / "export" / "model.safetensors")
 
 
