@@ -26,6 +26,7 @@ FLOORS = {
     "reid_dist.optim": 2,
     "reid_dist.evaluation.ranking": 2,
     "reid_dist.evaluation.rerank": 2,
+    "reid_dist.evaluation.k_reciprocal": 2,
     "reid_dist.evaluation.chance": 2,
     "reid_dist.evaluation.baselines": 2,
     "reid_dist.evaluation": 3,
