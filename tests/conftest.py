@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A run divides the cores by it, in the ranks that tests fork too: one thread each.
 os.environ.setdefault("LOCAL_WORLD_SIZE", str(os.cpu_count()))
 
+import importlib
 import io
 import multiprocessing
 import time
@@ -117,6 +118,15 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(converter, root / "raw" / name, root / name, shard_bytes=30_000 if name == "generic" else 64_000_000)
     write_vocabulary(count_words([ShardSet(root / "cuhk_pedes"), ShardSet(root / "generic")]), root / "vocabulary.txt")
     return root
+
+
+@pytest.fixture(scope="session")
+def deepspeed_imported() -> None:
+    """For files whose ranks train: what DeepSpeed imports with its first optimizer, torch's compiler, takes seconds.
+
+    Ranks that are forked later have it then.
+    """
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
 @pytest.fixture(scope="session")

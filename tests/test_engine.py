@@ -14,6 +14,8 @@ from reid_dist.stages.base import Stage
 from reid_dist.stages.pretrain import PretrainStage
 from reid_dist.stages.t2i import T2IStage
 
+pytestmark = pytest.mark.usefixtures("deepspeed_imported")
+
 ARCHITECTURE = str(Path(__file__).parents[1] / "configs" / "models" / "row_conv_tiny.json")
 ADAMW = OptimizerConfig(name="adamw", lr=1e-3)
 SGD = OptimizerConfig(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.0)

@@ -9,6 +9,8 @@ from reid_dist.config import RunConfig
 from reid_dist.recipe import run
 from reid_dist.recipe_file import load_config
 
+pytestmark = pytest.mark.usefixtures("deepspeed_imported")
+
 ROOT = Path(__file__).parents[1]
 OWN_TESTS = ("quickstart", "claims")
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith(OWN_TESTS))

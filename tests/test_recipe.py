@@ -16,6 +16,8 @@ from reid_dist.recipe import run
 from reid_dist.recipe_file import load_config
 from shards.write import write
 
+pytestmark = pytest.mark.usefixtures("deepspeed_imported")
+
 ROOT = Path(__file__).parents[1]
 STEPS = 3
 

@@ -18,6 +18,8 @@ from reid_dist.stages import Batch, Stage, Surroundings, build_stage
 from reid_dist.stages.identity_prompt import IDENTITY_TEXT
 from reid_dist.step_memory import LiveBytes
 
+pytestmark = pytest.mark.usefixtures("deepspeed_imported")
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 MIB = 2**20
 

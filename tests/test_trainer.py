@@ -16,6 +16,8 @@ from reid_dist.stages import Batch, T2IStage
 from reid_dist.stages.contract import State, Surroundings, Weights
 from reid_dist.trainer import train
 
+pytestmark = pytest.mark.usefixtures("deepspeed_imported")
+
 ARCHITECTURE = str(Path(__file__).parents[1] / "configs" / "models" / "row_conv_tiny.json")
 SGD = OptimizerConfig(name="sgd", lr=0.1, schedule="constant")
 ROWS, STEPS = 4, 4

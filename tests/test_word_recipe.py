@@ -13,6 +13,8 @@ from reid_dist.models.dictionary import read_dictionary
 from reid_dist.models.word_gru import main
 from reid_dist.recipe import run
 
+pytestmark = pytest.mark.usefixtures("deepspeed_imported")
+
 WORDS = ("model.vocabulary=null", "model.word_gru.features=16", "model.word_gru.hidden=12", "model.projection=24")
 WORDS += ("model.word_gru.context_length=30", "stages.pretrain.steps=0", "stages.i2i.steps=0", "log_every=1")
 

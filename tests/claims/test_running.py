@@ -16,6 +16,8 @@ from reid_dist.claims.matrix import ARMS
 from reid_dist.claims.running import Job, Settings, arm_scores, run_job
 from reid_dist.claims.worlds import Sizes
 
+pytestmark = pytest.mark.usefixtures("deepspeed_imported")
+
 ROOT = Path(__file__).parents[2]
 TINY = ("stages.train.steps=2", "data.global_batch_size=16", "log_every=1")
 

@@ -12,6 +12,8 @@ import pytest
 
 from reid_dist.recipe import run
 
+pytestmark = pytest.mark.usefixtures("deepspeed_imported")
+
 FOLDER = Path(__file__).parent
 STAGES = ("pretrain", "i2i", "t2i")
 CURVES = (*STAGES, "t2i_queue")
