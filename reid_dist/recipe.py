@@ -118,6 +118,7 @@ def _train(
     if steps == 0:
         return {
             "full_state": {f"encoder.{n}": t for n, t in encoder.state_dict().items()},
+            "handover": _left_before(config, index),
             "trainable": [],
             "frozen": [],
         }
@@ -173,13 +174,16 @@ def _handed(
     config: RunConfig, index: int, encoder: DualEncoder, loader: TrainLoader | StreamLoader, device: torch.device
 ) -> dict[str, Tensor]:
     """What a stage needs beside the encoder: from the stage before it, and of the images that it trains on."""
-    handed = read_handover(config.output_dir / config.stages[index - 1].name / "export") if index else {}
-    stage = config.stages[index]
+    handed, stage = _left_before(config, index), config.stages[index]
     text = caption_losses(stage)
     if isinstance(text, TextLoss) and text.with_prototypes and isinstance(loader, TrainLoader):
         means_CD = identity_means(encoder.to(device), loader.samples, stage.evaluation.batch_size, device)
         handed = {**handed, IDENTITY_IMAGES: means_CD}
     return handed
+
+
+def _left_before(config: RunConfig, index: int) -> dict[str, Tensor]:
+    return read_handover(config.output_dir / config.stages[index - 1].name / "export") if index else {}
 
 
 def _source_of(loader: TrainLoader | StreamLoader) -> str:

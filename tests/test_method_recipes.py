@@ -1,11 +1,16 @@
 """Every recipe of a method, in small: all its stages on two ranks under every ZeRO stage, on the procedural world."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from torch import Tensor
 
 from reid_dist.config import RunConfig
+from reid_dist.inputs import build_encoder
+from reid_dist.models.weights import EXPORT_FILE
 from reid_dist.recipe import run
 from reid_dist.recipe_file import load_config
 
@@ -70,6 +75,10 @@ def allowed(config: RunConfig) -> bool:
     return not any(getattr(stage.loss, "queue_size", 0) for stage in config.stages)
 
 
+def length(weights: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float(each.double().square().sum()) for each in weights.values()))
+
+
 def train_all(configs: list[RunConfig]) -> None:
     for config in configs:
         run(config)
@@ -80,7 +89,16 @@ def test_a_recipe_trains_alike_under_every_zero_stage(name: str, small, run_rank
     with_queue = not allowed(small(name, 1))
     configs = [small(name, zero) for zero in ZERO_STAGES if zero < 3 or not with_queue]
     run_ranks(2, train_all, configs)
+    before = [build_encoder(config.model, config.seed).state_dict() for config in configs]
     for stage in configs[0].stages:
+        after = [load_file(config.output_dir / stage.name / "export" / EXPORT_FILE) for config in configs]
+        steps = [{key: after[i][key] - before[i][key] for key in after[i]} for i in range(len(configs))]
+        assert before[0].keys() == after[0].keys()
+        assert (length(steps[0]) > 0) == (stage.kind != "identity_prompt")
+        for step in steps[1:]:
+            difference = {key: step[key] - steps[0][key] for key in step}
+            assert length(difference) <= 0.1 * length(steps[0]), f"{name}, {stage.name}"
+        before = after
         curves = []
         for config in configs:
             folder = config.output_dir / stage.name

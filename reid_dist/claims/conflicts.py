@@ -9,6 +9,8 @@ from reid_dist.claims.arms import CAPTIONED, GENERIC, IMAGES, Arm, Claim, Row, T
 # too: four images of each person, in every arm with identities.
 TEMPERATURE = 0.07
 BY_IDENTITY = {"sampler": "identity", "images_per_identity": 4}
+# Rules replace the settings by kind: what has one dimension must then be kept from decay by name, as in the other arms.
+NO_DECAY = {"contains": ["bias", "norm", "ln_", "class_embedding", "logit_scale"], "weight_decay": 0.0}
 CAPTIONS = {"train": [CAPTIONED], **BY_IDENTITY}
 PLAIN_IMAGES = {"train": [IMAGES], **BY_IDENTITY}
 BOTH = {"train": [IMAGES, CAPTIONED], "weights": [1, 1], **BY_IDENTITY}

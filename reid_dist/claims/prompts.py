@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from reid_dist.claims.arms import GENERIC, Arm, Claim, Row, Task
-from reid_dist.claims.conflicts import CAPTIONS, TEMPERATURE, text_loss, text_stage
+from reid_dist.claims.conflicts import CAPTIONS, NO_DECAY, TEMPERATURE, text_loss, text_stage
 
 _DEEP = 99  # every block that there is
 _PROMPTS = {"visual_length": 4, "text_length": 4, "visual_depth": _DEEP, "text_depth": _DEEP}
+_LR, _PROMPT_LR = 1e-3, 3e-3  # of towers, as configs/claims.yaml says, and of prompts
 _STAGE_1 = 0.75  # length of the prompt stage; what has no such stage trains so much longer
 _T2I: tuple[Task, ...] = ("t2i",)
 _PROMPT_STAGE = {
@@ -15,8 +16,10 @@ _PROMPT_STAGE = {
     "data": CAPTIONS,
     "loss": text_loss("pair"),
     # Few, and random at the start: rates as for prompts (methods.md 2.3), not as for weights.
-    "optimizer": {"lr": 3e-3, "weight_decay": 0.0},
+    "optimizer": {"lr": _PROMPT_LR, "weight_decay": 0.0},
 }
+# Where prompts and towers train together each has the rate that it has alone, at the lr of configs/claims.yaml.
+_PROMPTS_FASTER = {"rules": [NO_DECAY, {"contains": ["prompts"], "lr": _PROMPT_LR / _LR, "weight_decay": 0.0}]}
 
 
 def _model(**changed: int) -> dict[str, Any]:
@@ -49,8 +52,8 @@ _ARMS = (
     *_prompt_arms("prompt-image", "deep prompts in the image tower", text_length=0),
     *_prompt_arms("prompt-shallow", "prompts at the first block of both towers", visual_depth=1, text_depth=1),
     _vit("prompt-random", "random frozen prompts, then the towers", text_stage(), _model()),
-    _vit("prompt-joint", "prompts and towers in one stage, as long as both", text_stage(train_prompts=True), _model(),
-        1 + _STAGE_1),
+    _vit("prompt-joint", "prompts and towers in one stage, as long as both",
+        text_stage(train_prompts=True, optimizer=_PROMPTS_FASTER), _model(), 1 + _STAGE_1),
 )  # fmt: skip
 ARMS = {arm.name: arm for arm in _ARMS}
 

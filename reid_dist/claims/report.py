@@ -149,7 +149,8 @@ def _setting(setting: str, group: Entry, arms: Entry) -> Iterator[str]:
         judged = row[DECIDING]
         rows.append((
             f"`{row['better']}` - `{row['worse']}`", TASKS[row["task"]], _spread(better), _spread(worse),
-            _signed(judged), f"{judged['agreeing']}/{len(judged['values'])}", judged["verdict"], _signed(row["R1"]),
+            _signed(judged), f"{judged['agreeing']}/{len(judged['values'])}", judged["verdict"],
+            f"{_signed(row['R1'])} ({row['R1']['verdict']})",
             ", ".join(row["equal_in"]) or _NONE,
         ))  # fmt: skip
     yield from (_table(head, rows), "")

@@ -72,7 +72,10 @@ class OptimizerConfig(Section):
     betas: tuple[Momentum, Momentum] = (0.9, 0.98)
     eps: Positive = 1e-8
     momentum: NotNegative = Field(0.9, description="of sgd")
-    new_lr_multiplier: Positive = Field(1.0, description="lr factor of layers without pretrained weights")
+    new_lr_multiplier: Positive = Field(
+        1.0,
+        description="lr factor of what no pretrained weights exist for: heads, prompts, model.projection, words, GRU",
+    )
     bias_lr_multiplier: Positive = Field(1.0, description="lr factor of biases")
     rules: list[OptimizerRule] = Field(
         default_factory=list,

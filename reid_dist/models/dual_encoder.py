@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from reid_dist.errors import UserError
 from reid_dist.models.tower import TowerOutput
+from reid_dist.models.word_tower import WordGRU
 
 Task = Literal["t2i", "i2i"]
 MAX_LOGIT_SCALE = math.log(100.0)
+_FIRST_LOG_SCALE = math.log(1 / 0.07)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _SECOND = ("class_embedding_i2i", "projection_i2i")  # how towers name what image queries have of their own
@@ -65,7 +67,7 @@ class DualEncoder(nn.Module):
         self.text_shape = text_shape
         self.features = features
         # One element, not a scalar: deepspeed.initialize cannot broadcast a 0-dimensional parameter.
-        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.full((1,), _FIRST_LOG_SCALE))
         # Set by the engine where the parameter itself is a bf16 copy of an fp32 master.
         self.exact_logit_scale: Tensor | None = None
         self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
@@ -76,10 +78,23 @@ class DualEncoder(nn.Module):
         """Whether image queries have features of their own (model.dual_token)."""
         return any(getattr(self.visual, name, None) is not None for name in _SECOND)
 
+    @torch.no_grad()
+    def replace_first_scale(self, scale: float) -> None:
+        """Sets the inverse temperature, unless it was loaded or trained: then it is no longer the first one."""
+        first = torch.full_like(self.logit_scale, _FIRST_LOG_SCALE)
+        chosen = torch.full_like(self.logit_scale, math.log(scale))
+        self.logit_scale.copy_(torch.where(self.logit_scale == first, chosen, self.logit_scale))
+
     def prompts(self) -> dict[str, nn.Parameter]:
         """The learned prompts of both towers by name; a tower without any has no entry."""
         found = {f"{tower}.prompts": getattr(getattr(self, tower), "prompts", None) for tower in ("visual", "text")}
         return {name: prompts for name, prompts in found.items() if prompts is not None}
+
+    def new_parameters(self) -> set[str]:
+        """Names of what no image-text model brings: prompts, further linear maps, words and a GRU."""
+        added = ["visual.prompts", "text.prompts", "visual.projection_head.", "text.projection_head."]
+        added += ["text."] if isinstance(self.text, WordGRU) else []
+        return {name for name, _ in self.named_parameters() if name.startswith(tuple(added))}
 
     def require_tokens(self, key: str) -> None:
         """Refuses towers that cannot give `details`.

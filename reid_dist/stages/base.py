@@ -130,9 +130,10 @@ class Stage(nn.Module):
         return {}
 
     def trainable(self) -> list[TrainableGroup]:
-        """The parameters that train: those of the encoder, and the new ones of this stage's heads."""
+        """The parameters that train: those that pretrained weights exist for, and new ones of encoder and heads."""
         named = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        old = {name: p for name, p in named.items() if name.startswith("encoder.")}
+        added = {f"encoder.{name}" for name in self.encoder.new_parameters()}
+        old = {name: p for name, p in named.items() if name.startswith("encoder.") and name not in added}
         new = {name: p for name, p in named.items() if name not in old}
         return [TrainableGroup(False, old), TrainableGroup(True, new)]
 

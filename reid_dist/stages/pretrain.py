@@ -1,6 +1,5 @@
 """Generic image-text pretraining: a contrastive loss on pairs without identities."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -25,7 +24,7 @@ class PretrainStage(Stage):
 
     Within the global batch it is the loss of CLIP (Radford et al. 2021) or SigLIP (Zhai et al. 2023), against a queue
     that of CM-MoCo. To SigLIP's loss and to the queue a sample met again is no negative of itself. SigLIP's begins with
-    a scale of 10 and a bias of -10, unless a stage before left its own.
+    a bias of -10, or what a stage before left, and where weights are random with a scale of 10.
 
     Args:
         encoder: see `Stage`.
@@ -51,8 +50,8 @@ class PretrainStage(Stage):
         if patch_dropout:
             set_patch_dropout(encoder.visual, patch_dropout)
         if loss.objective == "sigmoid":
-            if _BIAS not in run.handed and loss.temperature is None:  # CLIP's scale would be no use
-                nn.init.constant_(encoder.logit_scale, math.log(_FIRST_SCALE))
+            if loss.temperature is None:
+                encoder.replace_first_scale(_FIRST_SCALE)
             self.bias = nn.Parameter(run.handed.get(_BIAS, torch.full((1,), _FIRST_BIAS)).clone())
         if loss.queue_size:
             self.moco = MomentumContrast(encoder, self.frozen, loss, run, "pair", "sample_id_B")

@@ -1,5 +1,8 @@
 """What all stages promise, and what each of them trains."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,8 +11,10 @@ from reid_dist.config import (
     STAGE_CONFIGS,
     I2ILoss,
     IdentityPromptLoss,
+    ModelConfig,
     OptimizerConfig,
     PretrainLoss,
+    PromptConfig,
     StageConfig,
     TextLoss,
 )
@@ -18,6 +23,7 @@ from reid_dist.errors import UserError
 from reid_dist.losses.contrastive import contrastive_loss
 from reid_dist.losses.identity import identity_loss
 from reid_dist.losses.triplet import batch_hard_triplet_loss
+from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.optim import build_optimizer, parameter_groups
 from reid_dist.stages import STAGES, I2IStage, PretrainStage, Stage, T2IStage, build_stage
 from reid_dist.stages.contract import Surroundings
@@ -274,3 +280,16 @@ def test_a_trunk_without_a_last_map_cannot_be_frozen(make_encoder) -> None:
     encoder.text.text_projection = None
     with pytest.raises(UserError, match="freeze: text_trunk: this tower has no last linear map"):
         build_stage(stage_config("t2i", freeze=["text_trunk"]), encoder, RUN)
+
+
+def test_what_no_pretrained_weights_exist_for_trains_as_new(tmp_path: Path) -> None:
+    vision = {"image_size": 64, "layers": 1, "width": 16, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+    (tmp_path / "vit.json").write_text(json.dumps({"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}))
+    prompts = PromptConfig(visual_depth=1, text_depth=1)
+    model = ModelConfig(architecture=str(tmp_path / "vit.json"), image_size=(64, 32), prompts=prompts, projection=6)
+    stage = build_stage(stage_config("t2i", train_prompts=True), build_dual_encoder(model), RUN)
+    old, new = stage.trainable()
+    assert (old.new, new.new) == (False, True) and "encoder.visual.proj" in old.parameters
+    heads = {f"encoder.{tower}.projection_head.{part}" for tower in ("visual", "text") for part in ("weight", "bias")}
+    assert set(new.parameters) == {"encoder.visual.prompts", "encoder.text.prompts", *heads}

@@ -161,6 +161,7 @@ def test_a_sigmoid_stage_begins_with_the_published_scale_and_keeps_that_of_the_o
     first = PretrainStage(encoder, setting)
     assert encoder.logit_scale.exp().item() == pytest.approx(10) and first.bias.item() == -10
     encoder.logit_scale.data.fill_(3.0)
+    assert PretrainStage(encoder, setting).encoder.logit_scale.item() == 3.0, "loaded from elsewhere"
     handed = first.handover({"bias": torch.full((1,), -7.0)})
     second = PretrainStage(encoder, setting, run=Surroundings(6, handed=handed))
     assert encoder.logit_scale.item() == 3.0 and second.bias.item() == -7
