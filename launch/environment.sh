@@ -70,8 +70,7 @@ if ! installed; then
         usable || "$python" -m venv --clear .venv || stop "$python could not make .venv; see above, then run again"
         rm -f .venv/.installed-*
         # DeepSpeed's operators are not compiled in advance: only the CPU collectives are needed, below.
-        # Nor are Python files, of which few are ever imported.
-        DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[dev]" ||
+        DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" ||
             stop "pip could not install the dependencies; see above, then run again"
         touch "$stamp"
     fi
