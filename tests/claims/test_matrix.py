@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from reid_dist.claims.accounting import ACCOUNTINGS, Cost, equal_in
 from reid_dist.claims.arms import TASKS, Arm, arms_of, chains
@@ -104,6 +106,17 @@ def test_one_temperature_sampler_and_rate_for_all_arms_that_are_compared_with_ea
     for better, worse in (("warm-queue-1024", "warm-pair"), ("scratch-queue-64", "scratch-pair")):
         one, other = (arm_stage(arm_config(settings, ARMS[name], 0)).model_dump() for name in (better, worse))
         assert {**one, "loss": 0} == {**other, "loss": 0}
+
+
+def test_prompts_learn_at_one_rate_alone_and_beside_the_towers(settings: Settings) -> None:
+    alone, beside, towers = (
+        arm_stage(arm_config(settings, ARMS[name], 0)).optimizer for name in ("prompt", "prompt-joint", "direct-long")
+    )
+    one = TrainableGroup(True, {"visual.prompts": nn.Parameter(torch.zeros(2, 2))})
+    rates = [
+        (group["lr"], group["weight_decay"]) for each in (alone, beside) for group in parameter_groups([one], each)
+    ]
+    assert rates[0] == pytest.approx(rates[1]) and beside.lr == towers.lr
 
 
 def test_every_arm_serves_a_claim_and_comes_behind_what_it_needs() -> None:

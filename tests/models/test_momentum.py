@@ -12,10 +12,11 @@ from reid_dist.config import ModelConfig
 from reid_dist.errors import UserError
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.models.dual_encoder import DualEncoder
+from reid_dist.models.momentum import TOWERS as BOTH
 from reid_dist.models.momentum import MomentumEncoder
 from reid_dist.models.projection import projection_names
+from tests.models.encoders import build
 
-BOTH = ("visual", "text")
 KINDS = ("vit", "resnet", "row_conv")
 
 
@@ -23,7 +24,7 @@ KINDS = ("vit", "resnet", "row_conv")
 def make_encoder(architectures: dict[str, str]):
     def make(kind: str = "row_conv") -> DualEncoder:
         torch.manual_seed(0)
-        encoder = build_dual_encoder(ModelConfig(architecture=architectures[kind], image_size=(64, 32))).train()
+        encoder = build(architectures[kind], (64, 32)).train()
         for parameter in encoder.parameters():  # open_clip starts a ResNet's blocks at zero
             nn.init.normal_(parameter, std=0.1)
         return encoder
@@ -393,7 +394,7 @@ def test_start_moves_to_the_device_of_the_weights(dtype: torch.dtype, make_encod
 def test_it_is_built_and_run_on_fake_tensors(dtype: torch.dtype, architectures: dict[str, str]) -> None:
     """As the dry run does."""
     with torch.device("meta"):
-        encoder = build_dual_encoder(ModelConfig(architecture=architectures["resnet"], image_size=(64, 32)))
+        encoder = build(architectures["resnet"], (64, 32))
     with FakeTensorMode(allow_non_fake_inputs=True):
         encoder.to_empty(device="cpu")
         keys = MomentumEncoder(encoder, BOTH, dtype=dtype, head="live")
