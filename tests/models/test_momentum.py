@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reid_dist.config import ModelConfig
 from reid_dist.errors import UserError
-from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.models.dual_encoder import DualEncoder
-from reid_dist.models.momentum import TOWERS as BOTH
 from reid_dist.models.momentum import MomentumEncoder
 from reid_dist.models.projection import projection_names
 from tests.models.encoders import build
 
+BOTH = ("visual", "text")
 KINDS = ("vit", "resnet", "row_conv")
 
 
@@ -61,10 +59,6 @@ def move(encoder: nn.Module, seed: int = 1) -> nn.Module:
     return encoder
 
 
-def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in state.items()}
-
-
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert set(found) == set(expected)
     assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
@@ -94,9 +88,9 @@ def train_steps(encoder: DualEncoder, steps: int) -> Iterator[None]:
 def test_a_thousand_steps_equal_a_float64_average_and_wrong_ways_do_not(make_encoder) -> None:
     encoder = make_encoder()
     keys = MomentumEncoder(encoder, BOTH, momentum=0.999)
-    start = copied(keys.state())
+    start = copy.deepcopy(keys.state())
     exact = {name: tensor.double() for name, tensor in start.items()}
-    wrong = {"mul_add": copied(start), "bf16": {name: x.bfloat16() for name, x in start.items()}}
+    wrong = {"mul_add": copy.deepcopy(start), "bf16": {name: x.bfloat16() for name, x in start.items()}}
     for _ in train_steps(encoder, 1000):
         keys.update(weights_of(encoder, keys))
         for name, weight in weights_of(encoder, keys):
@@ -114,7 +108,7 @@ def test_a_thousand_steps_equal_a_float64_average_and_wrong_ways_do_not(make_enc
 def test_an_update_is_the_weighted_mean(kind: str, momentum: float, make_encoder) -> None:
     encoder = make_encoder(kind)
     keys = MomentumEncoder(encoder, BOTH, momentum)
-    old = copied(keys.state())
+    old = copy.deepcopy(keys.state())
     keys.update(weights_of(move(encoder), keys))
     new = dict(weights_of(encoder, keys))
     for name, parameter in encoder.named_parameters():
@@ -258,7 +252,7 @@ def test_a_live_head_is_the_encoder_s_and_the_rest_is_averaged(kind: str, dtype:
 
 def test_a_live_head_of_a_tower_without_projection_is_refused() -> None:
     with torch.device("meta"):
-        encoder = build_dual_encoder(ModelConfig(architecture="ViT-B-16-SigLIP", image_size=(224, 224)))
+        encoder = build("ViT-B-16-SigLIP", (224, 224))
         MomentumEncoder(encoder, ("text",), head="live")
         with pytest.raises(UserError, match=r"loss\.key_head: live .* visual tower .*use momentum"):
             MomentumEncoder(encoder, BOTH, head="live")
@@ -286,7 +280,7 @@ def test_running_statistics_move_with_the_update_and_never_with_a_key_forward(sy
     if sync:
         encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
     keys = MomentumEncoder(encoder, BOTH, 0.9)
-    start = copied(keys.state())
+    start = copy.deepcopy(keys.state())
     image = make_batch()[0]
     keys.encode_image(image)
     keys.encode_image(torch.full((4, 3, 64, 32), torch.nan))
@@ -317,7 +311,7 @@ def test_a_loaded_state_is_the_saved_one_and_shares_no_memory(dtype: torch.dtype
     image, token = make_batch()
     assert second.encode_image(image).equal(first.encode_image(image))
     assert second.encode_text(token).equal(first.encode_text(token))
-    kept = copied(second.state())
+    kept = copy.deepcopy(second.state())
     first.update(weights_of(move(encoder), first))
     assert_same(second.state(), kept)
 
@@ -325,7 +319,7 @@ def test_a_loaded_state_is_the_saved_one_and_shares_no_memory(dtype: torch.dtype
 def test_a_copy_shares_no_memory_with_the_encoder(make_encoder) -> None:
     encoder = make_encoder("resnet")
     keys = MomentumEncoder(encoder, BOTH)
-    before = copied(keys.state())
+    before = copy.deepcopy(keys.state())
     move(encoder)
     assert_same(keys.state(), before)
 
