@@ -106,14 +106,16 @@ def test_small_models(name: str, rows: int, ranks: int, cases: list[tuple[str, .
 @pytest.mark.parametrize(
     ("recipe", "name", "rows", "ranks", "precision"),
     [
-        ("unified_vit_b16", "t2i", 2, 2, "bf16"),
+        ("unified_vit_b16", "t2i", 2, 1, "bf16"),
         # CPU kernels take 0.7 GB of scratch in bf16, more than a step of few rows and few trained weights.
         ("unified_joint_vit_b16", "joint", 4, 1, "fp32"),
-        ("prompt_decoupling_vit_b16", "prompt", 4, 1, "fp32"),
+        ("prompt_decoupling_vit_b16", "prompt", 2, 1, "fp32"),
     ],
 )
 def test_full_size_recipes(recipe: str, name: str, rows: int, ranks: int, precision: str, run_ranks) -> None:
     overrides = (f"engine.precision={precision}",)
+    if name == "joint":  # gradients of its parts are compared in the first step, which lacks Adam's state: no peak
+        overrides += ("loss.conflict_every=0",)
     [peak, *_] = run_ranks(ranks, measured_peaks, recipe, name, rows, overrides)[0]
     config, stage = stage_of(recipe, name, rows, ranks, *overrides)
     planned = plan_stage(config, stage, ranks).peak_bytes

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from launch.benchmark import main
 from reid_dist.benchmarks import data, pipelines
 from reid_dist.benchmarks.data import Crops, Settings
 from reid_dist.data.reader import ShardSet
@@ -94,15 +95,11 @@ def test_an_empty_set_is_refused(market: Path, tmp_path: Path) -> None:
         data.prepare(empty, tmp_path, SETTINGS)
 
 
-def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/benchmark.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-
-
 def test_command(market: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "data.json"
-    quick = ("--workers", "2", "--seconds", "0.05", "--rounds", "1", "--batch-size", "32")
-    result = _command("data", "--shards", str(market), "--json", str(out), *quick)
+    command = [sys.executable, "launch/benchmark.py", "data", "--shards", str(market), "--json", str(out)]
+    command += ["--workers", "2", "--seconds", "0.05", "--rounds", "1", "--batch-size", "32"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     written = json.loads(out.read_text())
     assert len(written["rows"]) == 8 and {"pipeline", "size", "samples_per_s", "workers"} <= set(written["rows"][0])
@@ -110,11 +107,14 @@ def test_command(market: Path, tmp_path: Path) -> None:
     assert f"written: {out}" in result.stdout
 
 
-def test_command_says_what_is_wrong(tmp_path: Path) -> None:
-    result = _command("data", "--shards", str(tmp_path / "none"), "--json", str(tmp_path / "x.json"))
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and "no such shard folder" in result.stderr
-    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "x.json").exists()
-    assert _command("nothing").returncode == 2
+def test_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--shards", str(tmp_path / "none"), "--json", str(tmp_path / "x.json")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "no such shard folder" in said
+    assert len(said.splitlines()) == 1 and not (tmp_path / "x.json").exists()
+    with pytest.raises(SystemExit) as ended:
+        main(["nothing"])
+    assert ended.value.code == 2
 
 
 @pytest.mark.parametrize(

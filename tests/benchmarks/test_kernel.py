@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from launch import benchmark
 from reid_dist.benchmarks import kernel, kernel_turns, plot
 from reid_dist.benchmarks.kernel_peers import contestants
 from reid_dist.benchmarks.kernel_problem import Cell
@@ -40,11 +41,6 @@ def parsed(*options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     kernel.add_arguments(parser)
     return parser.parse_args(["--json", "x.json", *options])
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "launch/benchmark.py", "kernel", *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def check_row(row: dict[str, Any]) -> None:
@@ -194,7 +190,8 @@ def test_a_picture_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_command(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "kernel.json"
     options = ("--sizes", "16x20000x32", "--backends", "chunked", "inf_cl", "--rounds", "1", "--route")
-    result = command("--json", str(out), "--threads", "1", *options)
+    line = [sys.executable, "launch/benchmark.py", "kernel", "--json", str(out), "--threads", "1", *options]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     written = json.loads(out.read_text())
     names = [(row["backend"], row["mask"]) for row in written["rows"]]
@@ -207,10 +204,11 @@ def test_command(tmp_path: Path) -> None:
     assert f"written: {out}" in result.stdout and "Measurement(16, 20000, 32, " in result.stdout
 
 
-def test_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    result = command("--json", str(tmp_path / "x.json"), "--ops", "nothing")
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("error: --ops nothing") and not list(tmp_path.iterdir())
+def test_command_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["kernel", "--json", str(tmp_path / "x.json"), "--ops", "nothing"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert said.startswith("error: --ops nothing") and not list(tmp_path.iterdir())
 
 
 def row(**changes: Any) -> dict[str, Any]:

@@ -151,21 +151,25 @@ def test_changed_settings_are_refused_not_mixed(tiny: Settings, done: Callable[.
 
 
 @pytest.mark.slow
-def test_the_command_runs_every_kind_of_arm_on_two_workers_and_continues(tmp_path: Path) -> None:
+def test_the_command_runs_every_kind_of_arm_on_two_workers_and_continues(tmp_path: Path, run_ranks) -> None:
     """Joint stages, second class tokens, prompts, words and re-ranking; and one seed on two workers, so that this
-    process runs the first phase itself and leaves its port and rank in the environment of the others."""
-    arguments = ["--only", "P2,D2,D4,H2", "--seeds", "1", "--ids", "16", "--runs", str(tmp_path / "runs")]
-    command = [sys.executable, "launch/claims.py", *arguments, "--workers", "2", *TINY, "--json"]
-    for name in ("one", "two"):
-        result = subprocess.run(
-            [*command, str(tmp_path / f"{name}.json")], cwd=ROOT, env=os.environ, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("\n| P2 |") == 1
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    one["machine"] = two["machine"] = None
-    assert one == two
-    assert {claim["name"] for claim in one["claims"]} == {"P2", "D2", "D4", "H2"}
-    assert all(claim["verdict"] == "within noise" for claim in one["claims"])
-    assert "gradient_cosine" in one["arms"]["joint-double"]
-    assert (tmp_path / "one.md").read_text().count("\n## ") == 4 + 3  # arms, gradients, floors
+    process runs the first phase itself and leaves its port and rank in the environment of the others. The second
+    time, on one worker, everything is there."""
+    arguments = ["--only", "P2,D2,D4,H2", "--seeds", "1", "--ids", "8", "--runs", str(tmp_path / "runs"), *TINY]
+    arguments.append(f"model.architecture={ROOT / 'configs' / 'models' / 'row_conv_tiny.json'}")
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    command = [sys.executable, "launch/claims.py", *arguments, "--workers", "2", "--json", str(one)]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n| P2 |") == 1
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.safetensors")}
+    assert made
+    assert run_ranks(1, main, [*arguments, "--workers", "1", "--json", str(two)]) == [0]
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.safetensors")}
+    first, second = json.loads(one.read_text()), json.loads(two.read_text())
+    first["machine"] = second["machine"] = None
+    assert first == second
+    assert {claim["name"] for claim in first["claims"]} == {"P2", "D2", "D4", "H2"}
+    assert all(claim["verdict"] == "within noise" for claim in first["claims"])
+    assert "gradient_cosine" in first["arms"]["joint-double"]
+    assert one.with_suffix(".md").read_text().count("\n## ") == 4 + 3  # arms, gradients, floors

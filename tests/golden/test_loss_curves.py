@@ -26,10 +26,10 @@ TOLERANCE = 2e-3
 @pytest.fixture(scope="module")
 def curves(tiny_recipe, tmp_path_factory: pytest.TempPathFactory, run_ranks) -> dict[str, list[float]]:
     output_dir = tmp_path_factory.mktemp("golden")
-    short = (f"max_steps={STEPS}", "optimizer.warmup_steps=2")
+    short = (f"max_steps={STEPS}", "optimizer.warmup_steps=2", "evaluation={}")
     run_ranks(2, run, tiny_recipe(output_dir / "all", *short, "stages.t2i.loss={}"))
     # From random weights: the stages before it would only cost time.
-    alone = ("stages.pretrain.steps=0", "stages.i2i.steps=0", "evaluation={}", f"stages.t2i.loss={QUEUE}")
+    alone = ("stages.pretrain.steps=0", "stages.i2i.steps=0", f"stages.t2i.loss={QUEUE}")
     run_ranks(2, run, tiny_recipe(output_dir / "queue", *short, *alone))
     files = {stage: output_dir / "all" / stage for stage in STAGES} | {"t2i_queue": output_dir / "queue" / "t2i"}
     return {
