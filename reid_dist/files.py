@@ -1,9 +1,12 @@
-"""Files and folders that are whole or not there: hash, flush, and the rename that gives a folder its name."""
+"""Files and folders that are whole or not there: hash, flush, and the rename that gives one its name."""
 
 import hashlib
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def content_sha256(path: Path) -> str:
@@ -43,3 +46,28 @@ def replace_folder(partial: Path, folder: Path) -> None:
     partial.rename(folder)
     flush(folder.parent)
     shutil.rmtree(aside(folder), ignore_errors=True)
+
+
+def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> None:
+    """Writes the results as indented JSON; nan and tensors are refused before anything is written.
+
+    Raises:
+        ValueError: a number is nan or infinite.
+        TypeError: a value has no JSON form.
+    """
+    write_bytes(path, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file whole or not at all; its folder is made."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

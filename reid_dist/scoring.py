@@ -1,6 +1,7 @@
 """Scores of a run's stages on its benchmarks: computed, recorded, read back."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from reid_dist import distributed
 from reid_dist.checkpoint import write_json
 from reid_dist.config import RunConfig, StageConfig
 from reid_dist.errors import UserError
-from reid_dist.evaluation.benchmark import Reranking, evaluate_benchmark
+from reid_dist.evaluation.benchmark import evaluate_benchmark
+from reid_dist.evaluation.reranking.choice import NeighbourJaccard
 from reid_dist.inputs import Inputs
 from reid_dist.metrics import say, write_scalars
 from reid_dist.models.dual_encoder import DualEncoder, Task
@@ -31,7 +33,7 @@ def evaluate(
     encoder.to(device)
     cache = inputs.cache if stage.data.cache else None
     wanted = stage.evaluation.rerank
-    reranking = None if wanted is None else Reranking(wanted.neighbours, wanted.weight)
+    reranking = None if wanted is None else NeighbourJaccard(wanted.neighbours, wanted.weight)
     scores: Scores = {"t2i": {}, "i2i": {}}
     if reranking is not None:
         scores[RERANKED] = {}
@@ -52,7 +54,7 @@ def evaluate(
             scores[task][name] = pair[task]
             reranked = pair.get(RERANKED)
             if reranking is not None and reranked is not None:
-                scores[RERANKED][name] = {**reranked, **reranking._asdict()}
+                scores[RERANKED][name] = {**reranked, **asdict(reranking)}
     return scores
 
 

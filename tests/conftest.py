@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A run divides the cores by it, in the ranks that tests fork too: one thread each.
 os.environ.setdefault("LOCAL_WORLD_SIZE", str(os.cpu_count()))
 
+import gc
 import importlib
 import io
 import multiprocessing
@@ -25,6 +26,7 @@ from reid_dist import distributed
 from reid_dist.config import RunConfig
 from reid_dist.engine import prepare_environment
 from reid_dist.recipe_file import load_config
+from tests import toy_shards
 from tests.recipe_text import RECIPE
 
 ROOT = Path(__file__).parents[1]
@@ -64,12 +66,15 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     context = multiprocessing.get_context("fork")
     port = distributed.free_port()
     ranks = []
+    # DeepSpeed collects garbage with every optimizer under ZeRO 3: ranks need not look at all that was imported here.
+    gc.freeze()
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_rank_main, args=(sender, rank, world_size, port, function, args))
         process.start()
         sender.close()
         ranks.append((process, receiver))
+    gc.unfreeze()
     deadline = time.monotonic() + timeout_s
     results = []
     try:
@@ -124,9 +129,11 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deepspeed_imported() -> None:
     """For files whose ranks train: what DeepSpeed imports with its first optimizer, torch's compiler, takes seconds.
 
-    Ranks that are forked later have it then.
+    Ranks that are forked later have it then, and what DeepSpeed finds out about this machine by compiling.
     """
     importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    if not torch.cuda.is_available():  # it would ask a GPU too, and who has asked one must not be forked
+        assert importlib.import_module("deepspeed.ops").__compatible_ops__
 
 
 @pytest.fixture(scope="session")
@@ -158,3 +165,8 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session", name="run_ranks")
 def _run_ranks() -> Callable[..., list[Any]]:
     return run_ranks
+
+
+@pytest.fixture(name="write_set")
+def _write_set() -> Callable[..., Path]:
+    return toy_shards.write_set

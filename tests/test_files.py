@@ -1,11 +1,13 @@
-"""Hash of a file, and folders that take each other's name."""
+"""Hash of a file, files that are whole or absent, and folders that take each other's name."""
 
 import hashlib
+import json
+import math
 from pathlib import Path
 
 import pytest
 
-from reid_dist.files import aside, content_sha256, replace_folder
+from reid_dist.files import aside, content_sha256, replace_folder, write_results
 
 
 def test_the_hash_is_that_of_the_whole_content(tmp_path: Path) -> None:
@@ -41,3 +43,14 @@ def test_a_replacement_killed_anywhere_leaves_a_whole_folder(
         assert ((folder if folder.exists() else aside(folder)) / "file").read_text() == "old"
     replace_folder(partial, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"] and (folder / "file").read_text() == "new"
+
+
+def test_results_file_is_whole_or_absent(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "results.json"
+    write_results(path, {"stages": [{"name": "t2i", "t2i": {"R1": 42.5}, "i2i": None}]})
+    assert json.loads(path.read_text())["stages"][0]["t2i"]["R1"] == 42.5
+    for bad in (math.nan, object()):
+        with pytest.raises((ValueError, TypeError)):
+            write_results(path, {"stages": bad})
+    assert json.loads(path.read_text())["stages"][0]["i2i"] is None
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]

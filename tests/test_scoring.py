@@ -7,7 +7,7 @@ import torch
 
 from reid_dist.evaluation.benchmark import evaluate_benchmark, extract_benchmark, t2i_task
 from reid_dist.evaluation.ranking import rank_queries, summarise
-from reid_dist.evaluation.rerank import rerank
+from reid_dist.evaluation.reranking.neighbour_jaccard import neighbour_jaccard
 from reid_dist.inputs import build_encoder, open_inputs
 from reid_dist.scoring import RERANKED, evaluate, is_scored, record_scores
 
@@ -45,7 +45,8 @@ def test_re_ranked_scores_stand_beside_the_plain_ones_with_their_parameters(tiny
     features = extract_benchmark(encoder, shards, inputs.tokenizer, size, split=stage.evaluation.split)
     task = t2i_task(features)
     assert task is not None
-    assert scores[RERANKED] == {name: {**summarise(rank_queries(rerank(task.retrieval, 3, 0.5))), **parameters}}
+    reranked = summarise(rank_queries(neighbour_jaccard(task.retrieval, 3, 0.5)))
+    assert scores[RERANKED] == {name: {**reranked, **parameters}}
     without = evaluate(encoder, plain.stages[-1], inputs, device, size)
     assert without == {task: scores[task] for task in ("t2i", "i2i")}
     assert scores[RERANKED][name]["mAP"] != scores["t2i"][name]["mAP"]

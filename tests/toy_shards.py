@@ -4,11 +4,9 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from reid_dist.data.sample import INDEX_DTYPE, ROLES, SPLITS, Sample, content_digest
@@ -79,8 +77,3 @@ def write_set(folder: Path, entries: list[Entry], name: str = "toy", split: str 
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
-
-
-@pytest.fixture(name="write_set")
-def _write_set() -> Callable[..., Path]:
-    return write_set

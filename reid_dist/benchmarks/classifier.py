@@ -27,7 +27,7 @@ from reid_dist.benchmarks.kernel_worker import available_bytes, peak_extra_bytes
 from reid_dist.benchmarks.machine import describe_machine
 from reid_dist.benchmarks.ranks import measure_on_ranks
 from reid_dist.errors import UserError
-from reid_dist.evaluation.report import write_results
+from reid_dist.files import write_results
 from reid_dist.losses.sharded_identity import sharded_identity_loss
 from reid_dist.models.row_optimizer import RowOptimizer
 from reid_dist.models.sharded_classifier import ShardedClassifier

@@ -31,7 +31,7 @@ from reid_dist.data.reader import ShardSet
 from reid_dist.data.sample import Sample
 from reid_dist.data.transforms import decode_image, decoder_name
 from reid_dist.errors import UserError
-from reid_dist.evaluation.report import write_results
+from reid_dist.files import write_results
 from shards.index import ShardWriter
 
 SOURCE: Size = (256, 128)

@@ -35,7 +35,7 @@ from reid_dist.benchmarks.machine import describe_machine
 from reid_dist.benchmarks.plot import check_plot, plot_kernel
 from reid_dist.distributed import local_device
 from reid_dist.errors import UserError
-from reid_dist.evaluation.report import write_results
+from reid_dist.files import write_results
 
 _GATE = (512, 65536, 512)
 _QUICK = [("moco_nce", _GATE, "float32"), ("clip_contrastive", (256, 256, 512), "float32")]

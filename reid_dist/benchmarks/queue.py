@@ -32,7 +32,7 @@ from reid_dist.benchmarks.machine import describe_machine
 from reid_dist.benchmarks.plot import check_plot, plot_queue
 from reid_dist.benchmarks.ranks import measure_on_ranks
 from reid_dist.errors import UserError
-from reid_dist.evaluation.report import write_results
+from reid_dist.files import write_results
 from reid_dist.models.queue import FeatureQueue, PendingKeys
 
 _WARM_UP = 3

@@ -18,10 +18,13 @@ from reid_dist.data.reader import ShardSet
 from reid_dist.errors import UserError
 from reid_dist.evaluation.baselines import closed_form_baselines
 from reid_dist.evaluation.benchmark import extract_benchmark, i2i_task, load_baseline_data, t2i_task
-from reid_dist.evaluation.report import contact_sheet, ranked_rows, result_table, write_results
+from reid_dist.files import write_results
 from reid_dist.inputs import build_encoder, open_inputs
 from reid_dist.models.weights import load_weights
 from reid_dist.recipe_file import load_config
+from reid_dist.report.ranked import ranked_rows
+from reid_dist.report.sheet import contact_sheet
+from reid_dist.report.table import result_table
 from reid_dist.scoring import START, read_scores
 
 RESULTS_FILE = "results.json"

@@ -13,7 +13,7 @@ from reid_dist.claims.matrix import SHARED
 from reid_dist.claims.plot import plot_claims
 from reid_dist.claims.results import DECIDING
 from reid_dist.claims.verdict import ERRORS, LEAST_SEEDS, SHARE
-from reid_dist.evaluation.report import write_results
+from reid_dist.files import write_results
 
 _NONE = "-"
 _LIMITS = {

@@ -21,6 +21,7 @@ KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,100}")
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 RECORDS_NAME = "records.jsonl"
+ATTRIBUTES_NAME = "attributes.json"
 DATASET_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # Caps that a hostile or broken file must not pass; writers and readers share them.
@@ -152,3 +153,15 @@ class Manifest(BaseModel):
     def samples(self) -> int:
         """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
+
+
+class Attributes(BaseModel):
+    """`attributes.json`: what is known of people beyond their images; not every set has it, and no training reads it.
+
+    Attributes:
+        attributes: by identity, as samples name it, the value of each attribute by its name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attributes: dict[str, dict[str, str]]

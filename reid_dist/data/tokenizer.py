@@ -58,6 +58,9 @@ class Tokenizer(Protocol):
     def word_numbers(self, token_L: IntArray) -> IntArray:
         """Which word each token belongs to, ascending numbers; -1: none that may be hidden. Shape: (L,)."""
 
+    def spell(self, tokens: Sequence[int]) -> str:
+        """The word that these tokens of its are."""
+
 
 class WordTokenizer:
     """Lower-case words of a fixed list.
@@ -110,6 +113,10 @@ class WordTokenizer:
         """A number for each word of the list, -1 for all other tokens. Shape: (L,)."""
         known_L = (token_L >= self.word_ids[0]) & (token_L < self.word_ids[1])
         return np.where(known_L, np.cumsum(known_L) - 1, -1)
+
+    def spell(self, tokens: Sequence[int]) -> str:
+        """The word of the list."""
+        return " ".join(self.words[token - self.word_ids[0]] for token in tokens)
 
     def _row(self, text: str) -> list[int]:
         words = split_words(text)[: self._room]
@@ -176,6 +183,10 @@ class OpenClipTokenizer:
         number_L[1:end] = np.cumsum(self._last_piece[inner]) - self._last_piece[inner]
         number_L[token_L == self.mask_id] = -1
         return number_L
+
+    def spell(self, tokens: Sequence[int]) -> str:
+        """The word that its pieces make."""
+        return str(self._tokenizer.decode(list(tokens))).strip()
 
 
 def mask_words(

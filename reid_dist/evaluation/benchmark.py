@@ -7,8 +7,9 @@ Shape suffixes: N images, M captions, D feature, Q queries, G gallery entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,16 +31,11 @@ from reid_dist.evaluation.ranking import (
     rank_queries,
     summarise,
 )
-from reid_dist.evaluation.rerank import rerank
+from reid_dist.evaluation.reranking.choice import Reranking
+from reid_dist.evaluation.similarity import block_count, block_rows
 
 Pair = dict[str, Metrics | None]
-
-
-class Reranking(NamedTuple):
-    """Parameters of `rerank`."""
-
-    neighbours: int = 5
-    weight: float = 0.05
+TaskKind = Literal["t2i", "i2t", "i2i"]
 
 
 @dataclass(frozen=True)
@@ -47,16 +43,35 @@ class Task:
     """One retrieval task cut out of features, and where its entries came from.
 
     Attributes:
-        kind: whether the queries are captions.
-        retrieval: what `ranking` takes; without cameras for T2I.
-        query_Q: position of each query among the images (I2I) or the captions (T2I) of the features.
-        gallery_G: position of each gallery entry among the images of the features.
+        kind: what is asked for what: captions for images, images for captions, images for images.
+        retrieval: what `ranking` takes; with cameras for I2I alone.
+        query_Q: position of each query among the images (I2T, I2I) or the captions (T2I) of the features.
+        gallery_G: position of each gallery entry among the images (T2I, I2I) or the captions (I2T) of the features.
     """
 
-    kind: Literal["t2i", "i2i"]
+    kind: TaskKind
     retrieval: Retrieval
     query_Q: Tensor
     gallery_G: Tensor
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task that was scored.
+
+    Attributes:
+        kind: of the task.
+        reranking: what its similarity was; None: plain cosine.
+        task: with the similarity that was ranked, so that `top_matches(task.retrieval, k)` shows what was counted.
+        ranks: of every query, in the order of the task's.
+        metrics: see `summarise`.
+    """
+
+    kind: TaskKind
+    reranking: Reranking | None
+    task: Task
+    ranks: QueryRanks
+    metrics: Metrics
 
 
 def benchmark_rows(shards: ShardSet, split: str = "test") -> Rows:
@@ -103,6 +118,16 @@ def t2i_task(features: Features) -> Task | None:
     )
 
 
+def i2t_task(features: Features) -> Task | None:
+    """T2I with the sides swapped: every distinct image against the captions; None without captions."""
+    task = t2i_task(features)
+    if task is None:
+        return None
+    sides = task.retrieval
+    swapped = Retrieval(sides.gallery_GD, sides.query_QD, sides.gallery_pid_G, sides.query_pid_Q)
+    return Task("i2t", swapped, query_Q=task.gallery_G, gallery_G=task.query_Q)
+
+
 def i2i_task(features: Features) -> Task | None:
     """Query images against gallery and distractors with their cameras; None unless the set has both sides."""
     query_Q = _has_role(features.role_N, "query").nonzero().flatten()
@@ -117,14 +142,33 @@ def i2i_task(features: Features) -> Task | None:
     return Task("i2i", Retrieval(*sides), query_Q, gallery_G)
 
 
-def rank_task(task: Task, chunk: int = 512) -> QueryRanks:
-    """`rank_queries` with the queries shared out over the ranks; each gets the whole answer."""
-    own = task.retrieval.only(slice(rank(), None, world_size()))
-    parts = all_gather_ragged(rank_queries(own, chunk=chunk).table())
-    table_Q5 = torch.empty(len(task.query_Q), 5, dtype=torch.float64, device=task.query_Q.device)
-    for part, table in enumerate(parts):
-        table_Q5[part :: world_size()] = table
-    return QueryRanks.from_table(table_Q5)
+TASKS: dict[TaskKind, Callable[[Features], Task | None]] = {"t2i": t2i_task, "i2t": i2t_task, "i2i": i2i_task}
+
+
+def rank_task(task: Task) -> QueryRanks:
+    """`rank_queries` with the blocks of queries shared out over the ranks; each gets the whole answer."""
+    queries, ranks = len(task.query_Q), world_size()
+    dealt = [range(part, block_count(queries), ranks) for part in range(ranks)]
+    own = rank_queries(task.retrieval, blocks=dealt[rank()]).table()
+    parts = all_gather_ragged(own.to(task.query_Q.device))
+    table = torch.empty(queries, own.shape[1], dtype=torch.float64)
+    for blocks, part in zip(dealt, parts, strict=True):
+        rows = [block_rows(block, queries) for block in blocks]
+        for row, value in zip(rows, torch.split(part.cpu(), [row.stop - row.start for row in rows]), strict=True):
+            table[row] = value
+    return QueryRanks.from_table(table)
+
+
+def score_task(task: Task, reranking: Reranking | None = None) -> TaskResult:
+    """Ranks and metrics of a task. A collective with the same result on every rank.
+
+    Raises:
+        UserError: none of its queries has a positive, or the features hold nan or inf.
+    """
+    if reranking is not None:
+        task = replace(task, retrieval=reranking.apply(task.retrieval))
+    ranks = rank_task(task)
+    return TaskResult(task.kind, reranking, task, ranks, summarise(ranks))
 
 
 def score(features: Features, reranking: Reranking | None = None) -> Pair:
@@ -132,16 +176,17 @@ def score(features: Features, reranking: Reranking | None = None) -> Pair:
 
     Args:
         features: of a benchmark.
-        reranking: also give the metrics of "t2i_reranked".
+        reranking: also give the metrics of "t2i_reranked"; its parameters are for the caller to tell.
 
     Raises:
         UserError: none of the queries of a task has a positive.
     """
     tasks = {"t2i": t2i_task(features), "i2i": i2i_task(features)}
-    plain = tasks["t2i"]
-    if reranking is not None and plain is not None:
-        tasks["t2i_reranked"] = replace(plain, retrieval=rerank(plain.retrieval, *reranking))
-    return {name: None if task is None else summarise(rank_task(task)) for name, task in tasks.items()}
+    scores: Pair = {kind: None if task is None else score_task(task).metrics for kind, task in tasks.items()}
+    captions = tasks["t2i"]
+    if reranking is not None and captions is not None:
+        scores["t2i_reranked"] = score_task(captions, reranking).metrics
+    return scores
 
 
 def extract_benchmark(

@@ -1,31 +1,35 @@
-"""Text-to-image and image-to-image retrieval metrics by counting: pure tensors, no I/O, no collectives.
+"""Retrieval metrics by counting what scores higher than each positive: pure tensors, no I/O, no collectives.
 
 Protocol (CUHK-PEDES as in IRRA, Market-1501 as in fast-reid): identity-aware positives, fp32 similarity,
 pessimistic ties (positives after equal negatives), rectangular AP, mINP, queries without a positive left out
 and counted.
 
-Shape suffixes: Q queries, G gallery entries, D feature, P most positives of any query, K matches shown.
+Shape suffixes: Q queries, G gallery entries, D feature, C queries of a block, S gallery entries of a segment, E pairs
+of a query and a gallery entry of its identity, K matches shown, R recall levels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from reid_dist.errors import UserError
+from reid_dist.evaluation.counting import BlockCount, SameIdentity
+from reid_dist.evaluation.similarity import GALLERY_BLOCK, QUERY_BLOCK, block_count, block_rows, each_block, prepare
 
 Metrics = dict[str, float]
 METRIC_KEYS = ("R1", "R5", "R10", "mAP", "mINP")
-CHUNK_ELEMENTS = 2**25  # caps the rows of a chunk; at ~35 bytes per element a chunk takes at most ~1.2 GB
+RECALL_LEVELS = 11  # 0, 0.1 ... 1
+SEGMENT = 2**17  # gallery entries that are compared at a time: 268 MB of similarities per thread
 
 
 @dataclass(frozen=True)
 class QueryRanks:
-    """What each query scored; the rows may be split over ranks and concatenated in any order.
+    """What each query scored; the rows may be split over ranks and concatenated in any order. On the CPU.
 
     Attributes:
         first_Q: int64, pessimistic rank (from 1) of the first positive; 0 where the query has none.
@@ -33,6 +37,7 @@ class QueryRanks:
         inp_Q: float64, inverse negative penalty: positives / rank of the last positive.
         positives_Q: int64, positives left after the camera rule; 0 marks a skipped query.
         tied_Q: bool, a positive and a kept negative have exactly the same similarity.
+        precision_QR: float64, interpolated precision at recall 0, 0.1 ... 1: the greatest at that recall or above.
     """
 
     first_Q: Tensor
@@ -40,16 +45,18 @@ class QueryRanks:
     inp_Q: Tensor
     positives_Q: Tensor
     tied_Q: Tensor
+    precision_QR: Tensor
 
     def table(self) -> Tensor:
-        """All columns as one float64 tensor [Q, 5]: exact for the integers, ready for a single collective."""
-        return torch.stack([getattr(self, field.name).double() for field in fields(self)], dim=1)
+        """All columns as one float64 tensor: exact for the integers, ready for a single collective."""
+        single = (self.first_Q, self.ap_Q, self.inp_Q, self.positives_Q, self.tied_Q)
+        return torch.cat([torch.stack([each.double() for each in single], dim=1), self.precision_QR], dim=1)
 
     @classmethod
-    def from_table(cls, table_Q5: Tensor) -> QueryRanks:
+    def from_table(cls, table: Tensor) -> QueryRanks:
         """The inverse of `table`."""
-        first, ap, inp, positives, tied = table_Q5.unbind(1)
-        return cls(first.long(), ap, inp, positives.long(), tied.bool())
+        first, ap, inp, positives, tied = table[:, :5].unbind(1)
+        return cls(first.long(), ap, inp, positives.long(), tied.bool(), table[:, 5:])
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ class Retrieval:
 
     Attributes:
         query_QD: [Q, D] any float dtype; the similarity is fp32 whatever it is.
-        gallery_GD: [G, D]; drop junk entries before, keep distractors.
+        gallery_GD: [G, D]; drop junk entries before, keep distractors. May lie in a mapped file
+            (`torch.from_numpy(numpy.load(..., mmap_mode="r"))`): a segment at a time is read.
         query_pid_Q: [Q] integer identities.
         gallery_pid_G: [G] integer identities.
         query_camid_Q: [Q] cameras. When given, gallery entries of the query's identity AND camera are removed
@@ -74,14 +82,13 @@ class Retrieval:
     gallery_camid_G: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Checks shapes and moves everything to the device of the queries."""
+        """Checks shapes and moves labels to the device of the queries."""
         q, g = self.query_QD.shape[0], self.gallery_GD.shape[0]
         if self.query_QD.ndim != 2 or self.gallery_GD.ndim != 2 or self.query_QD.shape[1] != self.gallery_GD.shape[1]:
             shapes = f"{tuple(self.query_QD.shape)} and {tuple(self.gallery_GD.shape)}"
             raise ValueError(f"features must be [Q, D] and [G, D] with as many columns, got {shapes}")
         if (self.query_camid_Q is None) != (self.gallery_camid_G is None):
             raise ValueError("give both query_camid_Q and gallery_camid_G, or neither")
-        self._put("gallery_GD", self.gallery_GD.to(self.query_QD.device))
         for name, length in (
             ("query_pid_Q", q),
             ("gallery_pid_G", g),
@@ -92,10 +99,7 @@ class Retrieval:
             if value is not None and value.shape != (length,):
                 raise ValueError(f"{name} must have shape ({length},), got {tuple(value.shape)}")
             if value is not None:
-                self._put(name, value.to(self.query_QD.device, torch.int64).contiguous())
-
-    def _put(self, name: str, value: Tensor) -> None:
-        object.__setattr__(self, name, value)
+                object.__setattr__(self, name, value.to(self.query_QD.device, torch.int64).contiguous())
 
     def only(self, part: slice | Tensor) -> Retrieval:
         """The same gallery with some of the queries: a slice, or their positions."""
@@ -107,128 +111,123 @@ class Retrieval:
             query_camid_Q=camid_Q,
         )
 
-    def prepared(self, normalise: bool) -> Retrieval:
-        """The same with checked, optionally L2-normalised features, rounded to fp32 and stored as fp64.
+    @property
+    def needs_whole_rows(self) -> bool:
+        """Whether `adjusted` must see a query's similarities to the whole gallery at once."""
+        return False
 
-        Raises:
-            UserError: a row holds nan or inf.
+    def adjusted(self, similarity_CS: Tensor, rows: slice) -> Tensor:
+        """What ranks in place of the similarity; re-ranking gives something else than what it gets.
+
+        Args:
+            similarity_CS: fp32, of some queries to a segment of the gallery; may be changed.
+            rows: which queries.
         """
-        query_QD = _prepared(self.query_QD, "query", normalise)
-        return replace(
-            self,
-            query_QD=query_QD,
-            gallery_GD=_prepared(self.gallery_GD, "gallery", normalise),
-        )
+        return similarity_CS
 
-    def chunks(self, chunk: int) -> Iterator[Retrieval]:
-        """At most `chunk` queries at a time, fewer where the similarity matrix would pass CHUNK_ELEMENTS."""
-        if chunk < 1:
-            raise ValueError(f"chunk must be >= 1, got {chunk}")
-        rows = max(1, min(chunk, CHUNK_ELEMENTS // max(1, len(self.gallery_GD))))
-        for start in range(0, len(self.query_QD), rows):
-            yield self.only(slice(start, start + rows))
+    def removed(self, rows: slice) -> Tensor:
+        """Which gallery entries the camera rule removes for each of some queries. Shape: (C, G)."""
+        same_CG = self.query_pid_Q[rows, None] == self.gallery_pid_G
+        if self.query_camid_Q is None or self.gallery_camid_G is None:
+            return torch.zeros_like(same_CG)
+        camid_C1 = self.query_camid_Q[rows, None]
+        return same_CG & (self.gallery_camid_G == camid_C1) & (camid_C1 >= 0)
 
-    def similarity(self) -> Tensor:
-        """fp32 similarity [Q, G] of prepared features.
-
-        The products of fp32 numbers are exact in fp64, and so is, to far below half an fp32 step, their sum:
-        the rounded result does not depend on the order in which a BLAS adds, hence not on chunk, threads or
-        device, and two identical gallery rows tie as they should.
-        """
-        return (self.query_QD @ self.gallery_GD.T).float()
-
-    def removed(self, gallery_pid: Tensor, gallery_camid: Tensor | None) -> Tensor:
-        """Which of some gallery entries, [G] or [Q, P], the camera rule removes for each query."""
-        same = self.query_pid_Q[:, None] == gallery_pid
-        if self.query_camid_Q is None or gallery_camid is None:
-            return torch.zeros_like(same)
-        camid_Q1 = self.query_camid_Q[:, None]
-        return same & (gallery_camid == camid_Q1) & (camid_Q1 >= 0)
+    def similarity(self, *, normalise: bool = True) -> Tensor:
+        """All that is ranked, for small tasks. Shape: (Q, G)."""
+        device = self.query_QD.device
+        query_QD = prepare(self.query_QD, "query", normalise, device)
+        gallery_GD = prepare(self.gallery_GD, "gallery", normalise, device)
+        parts = each_block(query_QD, gallery_GD, lambda rows, similarity_CG: self.adjusted(similarity_CG, rows).clone())
+        return torch.cat([query_QD.new_zeros(0, len(gallery_GD)), *parts])
 
 
-def _prepared(feature_ND: Tensor, side: str, normalise: bool) -> Tensor:
-    wide_ND = feature_ND.float().double()
-    broken_N = ~wide_ND.isfinite().all(dim=1)
-    if broken_N.any():
-        row = int(broken_N.nonzero()[0])
-        raise UserError(
-            f"evaluation: {side} feature row {row} holds nan or inf ({int(broken_N.sum())} such rows); "
-            "the model diverged or overflowed: lower optimizer.lr or use precision fp32"
-        )
-    if normalise:
-        wide_ND = wide_ND / wide_ND.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    return wide_ND.float().double()
+def _ranks(block: BlockCount) -> QueryRanks:
+    """Once all segments are counted: rank = negatives ahead + own place among the positives."""
+    query_E = block.query_E[block.kept_E].cpu()
+    count_C = torch.bincount(query_E, minlength=block.queries)
+    end_C = count_C.cumsum(0)
+    most = int(block.ahead_P.max()) + 1 if len(query_E) else 1
+    ahead_E = (query_E * most + block.ahead_P).sort().values % most  # ascending within each query
+    place_E = torch.arange(1, len(query_E) + 1) - (end_C - count_C)[query_E]
+    rank_E = ahead_E + place_E
+    precision_E = place_E.double() / rank_E.double()
+    # index_add_ adds one by one, so that a query's sum does not depend on the others of its block.
+    sum_C = torch.zeros(block.queries, dtype=torch.float64).index_add_(0, query_E, precision_E)
+    has_C = count_C > 0
+    first_C, last_C = torch.zeros_like(count_C), torch.ones_like(count_C)
+    first_C[has_C], last_C[has_C] = rank_E[(end_C - count_C)[has_C]], rank_E[end_C[has_C] - 1]
+    tied_C = torch.zeros(block.queries, dtype=torch.bool)
+    tied_C[query_E[block.tied_P]] = True
+    precision_CR = _interpolated(query_E, place_E, precision_E, count_C)
+    return QueryRanks(first_C, sum_C / count_C.clamp_min(1), count_C / last_C.double(), count_C, tied_C, precision_CR)
 
 
-class _PositiveIndex:
-    """Finds the gallery rows of an identity without a pass over the gallery: sort by pid once, then slice."""
-
-    def __init__(self, task: Retrieval) -> None:
-        self.pid_G, self.order_G = task.gallery_pid_G.sort(stable=True)
-        start_Q, count_Q = self._range(task)
-        # One width for all chunks: a sum over padding must not depend on which queries share a chunk.
-        self.width = max(1, int(count_Q.max())) if len(start_Q) else 1
-
-    def _range(self, task: Retrieval) -> tuple[Tensor, Tensor]:
-        start_Q = torch.searchsorted(self.pid_G, task.query_pid_Q)
-        return start_Q, torch.searchsorted(self.pid_G, task.query_pid_Q, right=True) - start_Q
-
-    def rows(self, task: Retrieval) -> tuple[Tensor, Tensor]:
-        """Gallery rows [Q, P] of the query's pid, and which of them are positives under the camera rule."""
-        start_Q, count_Q = self._range(task)
-        slot_P = torch.arange(self.width, device=start_Q.device)
-        row_QP = self.order_G[(start_Q[:, None] + slot_P).clamp_max(len(self.order_G) - 1)]
-        camid_QP = None if task.gallery_camid_G is None else task.gallery_camid_G[row_QP]
-        return row_QP, (slot_P < count_Q[:, None]) & ~task.removed(task.gallery_pid_G[row_QP], camid_QP)
+def _interpolated(query_E: Tensor, place_E: Tensor, precision_E: Tensor, count_C: Tensor) -> Tensor:
+    """Greatest precision at each level of recall or above; zeros without positives. Shape: (C, R)."""
+    precision_CP = torch.zeros(len(count_C), max(1, int(count_C.max())) if len(count_C) else 1, dtype=torch.float64)
+    precision_CP[query_E, place_E - 1] = precision_E
+    best_CP = precision_CP.flip(1).cummax(1).values.flip(1)
+    tenths_R = torch.arange(RECALL_LEVELS)
+    least_CR = -(-tenths_R * count_C[:, None] // (RECALL_LEVELS - 1))  # positives that the level takes, rounded up
+    return best_CP.gather(1, (least_CR - 1).clamp_min(0))
 
 
-def _rank_chunk(task: Retrieval, index: _PositiveIndex) -> QueryRanks:
-    """Ranks by counting: rank = kept negatives with similarity >= own + own place among the positives."""
-    sim_QG = task.similarity()
-    row_QP, valid_QP = index.rows(task)
-    # Positives in ascending order; what is removed or padding goes to the end as +inf.
-    positive_QP = sim_QG.gather(1, row_QP).masked_fill(~valid_QP, torch.inf).sort(dim=1).values
-    # Removed entries share the query's pid, so what is left of the matrix are the negatives.
-    sim_QG.masked_fill_(task.query_pid_Q[:, None] == task.gallery_pid_G, -torch.inf)
-    beaten_QG = torch.searchsorted(positive_QP, sim_QG, right=True)  # positives that this negative is not below
-    tied_Q = (positive_QP.gather(1, (beaten_QG - 1).clamp_min(0)) == sim_QG).any(dim=1)
-    histogram_QP1 = beaten_QG.new_zeros(sim_QG.shape[0], index.width + 1)
-    histogram_QP1.scatter_add_(1, beaten_QG, torch.ones_like(beaten_QG))
-    ahead_QP = histogram_QP1.flip(1).cumsum(1).flip(1)[:, 1:]  # negatives ahead of the i-th weakest positive
-    count_Q = valid_QP.sum(dim=1)
-    place_QP = count_Q[:, None] - torch.arange(index.width, device=count_Q.device)
-    real_QP = place_QP > 0
-    rank_QP = (ahead_QP + place_QP).masked_fill(~real_QP, 1)
-    precision_QP = (place_QP.double() / rank_QP.double()).masked_fill(~real_QP, 0.0)
-    best_Q = rank_QP.gather(1, (count_Q - 1).clamp_min(0)[:, None]).squeeze(1)
-    return QueryRanks(
-        first_Q=best_Q.masked_fill(count_Q == 0, 0),
-        ap_Q=precision_QP.sum(dim=1) / count_Q.clamp_min(1),
-        inp_Q=count_Q.double() / rank_QP[:, 0].double(),
-        positives_Q=count_Q,
-        tied_Q=tied_Q,
-    )
+def _uncounted(task: Retrieval, blocks: Iterable[int]) -> dict[int, BlockCount]:
+    same, counts = SameIdentity(task.gallery_pid_G, task.gallery_camid_G), {}
+    for block in blocks:
+        rows = block_rows(block, len(task.query_QD))
+        camid_C = None if task.query_camid_Q is None else task.query_camid_Q[rows]
+        counts[block] = BlockCount(rows.stop - rows.start, *same.pairs(task.query_pid_Q[rows], camid_C))
+    return counts
 
 
-def rank_queries(task: Retrieval, *, normalise: bool = True, chunk: int = 512) -> QueryRanks:
-    """Scores every query; see `rank_metrics` for the rules.
+_Actions = Sequence[Callable[[BlockCount, Tensor, slice], None]]
+
+
+def rank_queries(
+    task: Retrieval, *, normalise: bool = True, segment: int = SEGMENT, blocks: Iterable[int] | None = None
+) -> QueryRanks:
+    """Scores queries; see `rank_metrics` for the rules.
+
+    A gallery of one segment is multiplied once. A larger one is passed through twice, first for the similarity of the
+    positives, then to count what is ahead of them; memory is that of one segment.
 
     Args:
         task: queries and gallery.
         normalise: L2-normalise both sides (cosine). False scores by inner product.
-        chunk: queries scored at a time; fewer where chunk x G would exceed 2**25 elements (about 1.2 GB). No
-            bit of the result depends on it.
+        segment: gallery entries in memory at a time, rounded up to whole blocks; no bit of the result depends on it.
+        blocks: which blocks of 512 queries (`similarity.block_rows`), in ascending order; none: all.
 
     Raises:
         UserError: nan or inf features (naming side and row), or an empty gallery.
+        ValueError: a segment of nothing.
     """
-    if len(task.gallery_GD) == 0:
+    size = len(task.gallery_GD)
+    if size == 0:
         raise UserError("evaluation: the gallery is empty; check the roles and the split of the shard set")
-    task = task.prepared(normalise)
-    index = _PositiveIndex(task)
-    tables = [_rank_chunk(part, index).table() for part in task.chunks(chunk)]
-    empty = torch.zeros(0, 5, dtype=torch.float64, device=task.query_QD.device)
-    return QueryRanks.from_table(torch.cat(tables) if tables else empty)
+    if segment < 1:
+        raise ValueError(f"segment must be >= 1, got {segment}")
+    device, queries = task.query_QD.device, len(task.query_QD)
+    query_QD = prepare(task.query_QD, "query", normalise, device)
+    chosen = list(range(block_count(queries)) if blocks is None else blocks)
+    counts = _uncounted(task, chosen)
+    width = size if task.needs_whole_rows else -(-segment // GALLERY_BLOCK) * GALLERY_BLOCK
+    segments = [slice(start, min(start + width, size)) for start in range(0, size, width)]
+    find, count = BlockCount.find, BlockCount.count
+    for actions in [[find, count]] if len(segments) == 1 else [[find], [count]]:
+        for part in segments:
+            gallery_SD = prepare(task.gallery_GD[part], "gallery", normalise, device, part.start)
+
+            def work(rows: slice, similarity_CS: Tensor, part: slice = part, actions: _Actions = actions) -> None:
+                similarity_CS = task.adjusted(similarity_CS, rows)
+                for act in actions:
+                    act(counts[rows.start // QUERY_BLOCK], similarity_CS, part)
+
+            touched = chosen if count in actions else [block for block in chosen if counts[block].occurs_in(part)]
+            each_block(query_QD, gallery_SD, work, touched)
+    tables = [_ranks(counts[block]).table() for block in chosen]
+    return QueryRanks.from_table(torch.cat([torch.zeros(0, 5 + RECALL_LEVELS, dtype=torch.float64), *tables]))
 
 
 def summarise(ranks: QueryRanks) -> Metrics:
@@ -269,7 +268,7 @@ def rank_metrics(
     gallery_camid_G: Tensor | None = None,
     *,
     normalise: bool = True,
-    chunk: int = 512,
+    segment: int = SEGMENT,
 ) -> Metrics:
     """Retrieval metrics; the arguments are those of `Retrieval` and `rank_queries`.
 
@@ -283,7 +282,7 @@ def rank_metrics(
     Re-identification: A Survey and Outlook", equation 10.
     """
     task = Retrieval(query_QD, gallery_GD, query_pid_Q, gallery_pid_G, query_camid_Q, gallery_camid_G)
-    return summarise(rank_queries(task, normalise=normalise, chunk=chunk))
+    return summarise(rank_queries(task, normalise=normalise, segment=segment))
 
 
 def t2i_metrics(text_QD: Tensor, image_GD: Tensor, text_pid_Q: Tensor, image_pid_G: Tensor) -> Metrics:
@@ -303,22 +302,27 @@ def i2i_metrics(
     return rank_metrics(query_QD, gallery_GD, query_pid_Q, gallery_pid_G, query_camid_Q, gallery_camid_G)
 
 
-def top_matches(task: Retrieval, k: int, *, normalise: bool = True, chunk: int = 64) -> tuple[Tensor, Tensor]:
+def top_matches(task: Retrieval, k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
     """The first k gallery entries per query in the very order that the metrics count; for a few queries.
 
     Returns:
         index_QK int64 and score_QK fp32. Where fewer than k entries remain after the camera rule: -1, -inf.
     """
-    task = task.prepared(normalise)
-    indices, scores = [], []
-    for part in task.chunks(chunk):
-        sim_QG = part.similarity()
-        sim_QG.masked_fill_(part.removed(part.gallery_pid_G, part.gallery_camid_G), -torch.inf)
-        same_QG = part.query_pid_Q[:, None] == part.gallery_pid_G
-        negatives_first_QG = same_QG.byte().argsort(dim=1, stable=True)  # pessimistic ties after a stable sort
-        score_QG, place_QG = sim_QG.gather(1, negatives_first_QG).sort(dim=1, descending=True, stable=True)
-        found_QG = negatives_first_QG.gather(1, place_QG).masked_fill(score_QG == -torch.inf, -1)
-        short = max(0, k - found_QG.shape[1])
-        indices.append(nn.functional.pad(found_QG[:, :k], (0, short), value=-1))
-        scores.append(nn.functional.pad(score_QG[:, :k], (0, short), value=-torch.inf))
-    return torch.cat(indices), torch.cat(scores)
+    device = task.query_QD.device
+    query_QD = prepare(task.query_QD, "query", normalise, device)
+    gallery_GD = prepare(task.gallery_GD, "gallery", normalise, device)
+
+    def first(rows: slice, similarity_CG: Tensor) -> tuple[Tensor, Tensor]:
+        similarity_CG = task.adjusted(similarity_CG, rows)
+        similarity_CG.masked_fill_(task.removed(rows), -torch.inf)
+        same_CG = task.query_pid_Q[rows, None] == task.gallery_pid_G
+        negatives_first_CG = same_CG.byte().argsort(dim=1, stable=True)  # pessimistic ties after a stable sort
+        score_CG, place_CG = similarity_CG.gather(1, negatives_first_CG).sort(dim=1, descending=True, stable=True)
+        found_CG = negatives_first_CG.gather(1, place_CG).masked_fill(score_CG == -torch.inf, -1)
+        short = max(0, k - found_CG.shape[1])
+        padded = nn.functional.pad(found_CG[:, :k], (0, short), value=-1)
+        return padded, nn.functional.pad(score_CG[:, :k], (0, short), value=-torch.inf)
+
+    parts = each_block(query_QD, gallery_GD, first)
+    empty = torch.zeros(0, k, device=device)
+    return torch.cat([empty.long(), *(found for found, _ in parts)]), torch.cat([empty, *(score for _, score in parts)])

@@ -8,8 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from reid_dist.data.sample import ATTRIBUTES_NAME
 from reid_dist.errors import UserError
 from shards.command import exit_code
+from shards.world.attributes import write_attributes
 from shards.world.camera import CAMERAS
 from shards.world.captions import STYLES
 from shards.world.export import export, write_whole
@@ -48,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     oracle.add_argument("cuhk", type=Path, help="CUHK-PEDES tree")
     oracle.add_argument("market", type=Path, help="Market-1501 tree")
     oracle.add_argument("--json", type=Path, help="write the result to this file as well")
+    facts = commands.add_parser("attributes", help="tell a shard set what its people look like, for reports of errors")
+    facts.add_argument("raw", type=Path, help="tree that the set was made of")
+    facts.add_argument("shards", type=Path, help="shard set")
     words = commands.add_parser("vocabulary", help="share of the words of tree B that tree A's captions use")
     words.add_argument("corpus", type=Path, help="tree A, for example the img2dataset export")
     words.add_argument("target", type=Path, help="tree B, for example the CUHK-PEDES export")
@@ -124,6 +129,11 @@ def _oracle(args: argparse.Namespace) -> None:
     print(text)
 
 
+def _attributes(args: argparse.Namespace) -> None:
+    count = write_attributes(args.raw, args.shards)
+    print(f"{args.shards / ATTRIBUTES_NAME}: attributes of {count} people")
+
+
 def _vocabulary(args: argparse.Namespace) -> None:
     found = coverage_of(args.corpus, args.target)
     missing = " ".join(f"{word} ({count})" for word, count in found.missing.items())
@@ -139,7 +149,9 @@ def _speed(args: argparse.Namespace) -> None:
     print(f"{wall:.0f} images/s of wall clock, {cpu:.0f} images/s of processor time, one core, {args.images} images")
 
 
-_COMMANDS = {"export": _export, "oracle": _oracle, "vocabulary": _vocabulary, "speed": _speed}
+_COMMANDS = {
+    "export": _export, "oracle": _oracle, "attributes": _attributes, "vocabulary": _vocabulary, "speed": _speed,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

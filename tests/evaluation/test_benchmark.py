@@ -16,11 +16,15 @@ from reid_dist.evaluation.benchmark import (
     evaluate_benchmark,
     extract_benchmark,
     i2i_task,
+    i2t_task,
     load_baseline_data,
+    score_task,
     t2i_task,
 )
 from reid_dist.evaluation.ranking import rank_metrics
-from reid_dist.evaluation.report import contact_sheet, ranked_rows
+from reid_dist.evaluation.reranking.choice import NeighbourJaccard
+from reid_dist.report.ranked import ranked_rows
+from reid_dist.report.sheet import contact_sheet
 
 SIZE = (32, 16)
 TOKENIZER = WordTokenizer(["red", "green", "blue"], context_length=4, vocab_size=7)
@@ -112,6 +116,26 @@ def test_captioned_distractors_are_gallery_only(tmp_path: Path, write_set: Write
     text, image = t2i_task(features), i2i_task(features)
     assert text is not None and len(text.query_Q) == 2 and len(text.gallery_G) == 3
     assert image is not None and len(image.query_Q) == 1 and len(image.gallery_G) == 2
+
+
+def test_i2t_is_t2i_with_the_sides_swapped(tmp_path: Path, write_set: Write) -> None:
+    rows = [
+        ("a", 0, "query", ["red"]),
+        ("a", 1, "gallery", ["red", "red x"]),
+        ("b", 1, "gallery", []),
+        ("z", 1, "distractor", ["blue"]),
+    ]
+    features = extract_benchmark(MeanColour(), ShardSet(write_set(tmp_path / "x", rows)), TOKENIZER, SIZE)
+    text, image = t2i_task(features), i2t_task(features)
+    assert text is not None and image is not None and image.kind == "i2t"
+    one, other = text.retrieval, image.retrieval
+    assert one.query_QD.equal(other.gallery_GD) and one.gallery_GD.equal(other.query_QD)
+    assert one.query_pid_Q.equal(other.gallery_pid_G) and one.gallery_pid_G.equal(other.query_pid_Q)
+    assert text.query_Q.equal(image.gallery_G) and text.gallery_G.equal(image.query_Q)
+    result = score_task(image, NeighbourJaccard(2, 0.0))
+    assert result.metrics["queries"] == 2 and result.metrics["skipped"] == 2 and len(result.task.gallery_G) == 3
+    assert result.metrics == score_task(image).metrics  # of weight 0
+    assert i2t_task(extract_benchmark(MeanColour(), market(write_set, tmp_path / "m"), TOKENIZER, SIZE)) is None
 
 
 def test_a_split_without_images_is_an_error(tmp_path: Path, write_set: Write) -> None:

@@ -21,8 +21,8 @@ from reid_dist.evaluation.ranking import (
 )
 
 
-def ranked(*tensors: Tensor, normalise: bool = True, chunk: int = 512) -> QueryRanks:
-    return rank_queries(Retrieval(*tensors), normalise=normalise, chunk=chunk)
+def ranked(*tensors: Tensor, normalise: bool = True) -> QueryRanks:
+    return rank_queries(Retrieval(*tensors), normalise=normalise)
 
 
 Labels = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -160,20 +160,32 @@ def test_permutation_of_both_sides_changes_no_bit() -> None:
         )
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 13, 39, 40, 1000])
-def test_chunk_changes_no_bit(chunk: int) -> None:
-    query, gallery, labels = problem(40, 301, 129, 15, 3, seed=4)
-    whole = ranked(query, gallery, *labels, chunk=40)
-    part = ranked(query, gallery, *labels, chunk=chunk)
-    assert torch.equal(whole.table(), part.table())
-    assert rank_metrics(query, gallery, *labels, chunk=chunk) == rank_metrics(query, gallery, *labels)
+def test_one_identity_with_many_images_is_counted_otherwise_and_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, gallery, labels = problem(30, 500, 6, 3, 3, seed=9, integer=True)
+    monkeypatch.setattr("reid_dist.evaluation.counting._MANY", 10**6)
+    one_by_one = ranked(query, gallery, *labels, normalise=False).table()
+    monkeypatch.setattr("reid_dist.evaluation.counting._MANY", 0)
+    assert torch.equal(ranked(query, gallery, *labels, normalise=False).table(), one_by_one)
 
 
-def test_memory_cap_shrinks_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, gallery, labels = problem(40, 90, 12, 15, 3, seed=3)
-    want = rank_metrics(query, gallery, *labels)
-    monkeypatch.setattr("reid_dist.evaluation.ranking.CHUNK_ELEMENTS", 200)
-    assert rank_metrics(query, gallery, *labels) == want
+def test_interpolated_precision() -> None:
+    # Positives at places 1, 3 and 4 of 4: precision 1, 2/3, 3/4 at recall 1/3, 2/3, 1.
+    gallery = torch.tensor([4.0, 3.0, 2.0, 1.0])[:, None]
+    found = ranked(torch.ones(1, 1), gallery, torch.tensor([1]), torch.tensor([1, 0, 1, 1]), normalise=False)
+    assert found.precision_QR.tolist() == [[1.0] * 4 + [0.75] * 7]
+    nobody = ranked(torch.ones(1, 1), gallery, torch.tensor([9]), torch.tensor([1, 0, 1, 1]))
+    assert nobody.precision_QR.tolist() == [[0.0] * 11]
+
+
+def test_interpolated_precision_is_the_greatest_at_that_recall_or_above() -> None:
+    query, gallery, labels = problem(25, 90, 5, 4, 3, seed=10)
+    similarity_QG = (unit(query) @ unit(gallery).T).float()
+    found = ranked(query, gallery, *labels[:2]).precision_QR
+    for q in range(25):
+        right = (labels[1] == labels[0][q])[similarity_QG[q].argsort(descending=True)].tolist()
+        points = [(sum(right[: i + 1]) / sum(right), sum(right[: i + 1]) / (i + 1)) for i in range(90) if right[i]]
+        want = [max(precision for recall, precision in points if recall >= t / 10 - 1e-12) for t in range(11)]
+        assert found[q].tolist() == pytest.approx(want, abs=1e-12)
 
 
 @pytest.mark.parametrize("shards", [2, 4, 7])
@@ -316,13 +328,13 @@ def test_wrong_calls_are_refused() -> None:
         rank_metrics(x, x, pid, torch.zeros(3))
     with pytest.raises(ValueError, match="columns"):
         rank_metrics(x, torch.ones(2, 3), pid, pid)
-    with pytest.raises(ValueError, match="chunk"):
-        rank_metrics(x, x, pid, pid, chunk=0)
+    with pytest.raises(ValueError, match="segment"):
+        rank_metrics(x, x, pid, pid, segment=0)
 
 
 def test_top_matches_shows_the_order_that_is_counted() -> None:
     query, gallery, labels = problem(37, 60, 3, 12, 3, seed=21, integer=True)
-    index, score = top_matches(Retrieval(query, gallery, *labels), 60, normalise=False, chunk=5)
+    index, score = top_matches(Retrieval(query, gallery, *labels), 60, normalise=False)
     ranks = ranked(query, gallery, *labels, normalise=False)
     qp, gp, qc, gc = labels
     for q in range(37):
@@ -356,14 +368,3 @@ def test_every_order_of_a_tiny_gallery() -> None:
         assert ranks.first_Q.tolist() == [places[0]]
         assert ranks.ap_Q.tolist() == pytest.approx([(1 / places[0] + 2 / places[1]) / 2])
         assert ranks.inp_Q.tolist() == pytest.approx([2 / places[1]])
-
-
-def test_similarity_is_the_correctly_rounded_inner_product() -> None:
-    # A BLAS in fp32 adds in an order that depends on shapes and threads; ours must not show it.
-    query, gallery, labels = problem(3, 20, 700, 5, 3, seed=13)
-    task = Retrieval(query, gallery, *labels).prepared(normalise=True)
-    exact = [
-        [math.fsum(a * b for a, b in zip(left, right, strict=True)) for right in task.gallery_GD.tolist()]
-        for left in task.query_QD.tolist()
-    ]
-    assert torch.equal(task.similarity(), torch.tensor(exact, dtype=torch.float64).float())

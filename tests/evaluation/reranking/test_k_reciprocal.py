@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from reid_dist.evaluation.k_reciprocal import k_reciprocal
 from reid_dist.evaluation.ranking import Retrieval, rank_queries, summarise, top_matches
+from reid_dist.evaluation.reranking import k_reciprocal as room
+from reid_dist.evaluation.reranking.k_reciprocal import k_reciprocal
 
 
 def make(queries: int, gallery: int, features: int = 8, spread: float = 0.6, seed: int = 0) -> Retrieval:
@@ -22,9 +23,11 @@ def make(queries: int, gallery: int, features: int = 8, spread: float = 0.6, see
         camera[queries:])  # fmt: skip
 
 
-def dense(retrieval: Retrieval, k1: int, k2: int, weight: float) -> Tensor:
+def dense(retrieval: Retrieval, k1: int, k2: int, weight: float, normalise: bool = True) -> Tensor:
     """Final distances of queries to gallery entries, as evaluation.md 6.1 says, step by step."""
-    feature = torch.nn.functional.normalize(torch.cat([retrieval.query_QD, retrieval.gallery_GD]).double(), dim=1)
+    feature = torch.cat([retrieval.query_QD, retrieval.gallery_GD]).double()
+    if normalise:
+        feature = torch.nn.functional.normalize(feature, dim=1)
     size, queries = len(feature), len(retrieval.query_QD)
     plain = torch.cdist(feature, feature, compute_mode="donot_use_mm_for_euclid_dist").square()
     distance = (plain / plain.max(0).values).T
@@ -67,25 +70,40 @@ def dense(retrieval: Retrieval, k1: int, k2: int, weight: float) -> Tensor:
         (4, 9, 1, 2, 1.0),
     ],
 )
-@pytest.mark.parametrize("chunk", [512, 5])
-def test_equals_the_dense_procedure(queries: int, gallery: int, k1: int, k2: int, weight: float, chunk: int) -> None:
+def test_equals_the_dense_procedure(queries: int, gallery: int, k1: int, k2: int, weight: float) -> None:
     retrieval = make(queries, gallery)
-    found = k_reciprocal(retrieval, k1, k2, weight, chunk=chunk).prepared(True).similarity()
+    found = k_reciprocal(retrieval, k1, k2, weight).similarity()
     torch.testing.assert_close(-found.double(), dense(retrieval, k1, k2, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_more_than_one_block_and_parts_of_the_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    retrieval = make(530, 120)
+    want = dense(retrieval, 6, 3, 0.3)
+    monkeypatch.setattr(room, "_ROWS", 37)
+    monkeypatch.setattr(room, "_PAIRS", 101)
+    found = k_reciprocal(retrieval, 6, 3).similarity()
+    torch.testing.assert_close(-found.double(), want, rtol=1e-5, atol=1e-5)
+    first, rest = (k_reciprocal(retrieval, 6, 3), rank_queries(k_reciprocal(retrieval, 6, 3), segment=50))
+    assert torch.equal(rank_queries(first).table(), rest.table())
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_features_of_any_length(normalise: bool) -> None:
+    retrieval = make(6, 40, features=3, spread=1.0)
+    found = k_reciprocal(retrieval, 5, 2, normalise=normalise).similarity(normalise=normalise)
+    torch.testing.assert_close(-found.double(), dense(retrieval, 5, 2, 0.3, normalise), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_equals_it_for_other_people(seed: int) -> None:
     retrieval = make(10, 50, features=4, spread=0.9, seed=seed)
-    found = k_reciprocal(retrieval, 10, 4).prepared(True).similarity()
+    found = k_reciprocal(retrieval, 10, 4).similarity()
     torch.testing.assert_close(-found.double(), dense(retrieval, 10, 4, 0.3), rtol=1e-5, atol=1e-5)
 
 
 def test_ranking_takes_queries_in_parts_and_obeys_cameras() -> None:
     retrieval = make(20, 60)
     reranked = k_reciprocal(retrieval, 8, 3)
-    whole = summarise(rank_queries(reranked))
-    assert whole == summarise(rank_queries(reranked, chunk=3))
     odd = rank_queries(reranked.only(slice(1, None, 2)))
     assert torch.equal(odd.ap_Q, rank_queries(reranked).ap_Q[1::2])
     index_QK, _ = top_matches(reranked, 5)
@@ -110,7 +128,7 @@ def test_weight_1_is_the_plain_ranking() -> None:
 @pytest.mark.parametrize("gallery", [1, 2])
 def test_a_gallery_of_next_to_nothing(gallery: int) -> None:
     retrieval = Retrieval(torch.randn(2, 4), torch.randn(gallery, 4), torch.tensor([0, 1]), torch.arange(gallery))
-    found = k_reciprocal(retrieval, 20, 6).prepared(True).similarity()
+    found = k_reciprocal(retrieval, 20, 6).similarity()
     assert found.shape == (2, gallery) and found.isfinite().all()
 
 
