@@ -1,12 +1,19 @@
-"""Measures a part of the system: `python launch/benchmark.py data|kernel|queue|classifier --json OUT ...`."""
+"""Measures a part: `python launch/benchmark.py data|kernel|queue|classifier|evaluation|search --json OUT ...`."""
 
 import argparse
 import sys
 
-from reid_dist.benchmarks import classifier, data, kernel, queue
+from reid_dist.benchmarks import classifier, data, evaluation, kernel, queue, search
 from reid_dist.errors import UserError
 
-BENCHMARKS = {"data": data, "kernel": kernel, "queue": queue, "classifier": classifier}
+BENCHMARKS = {
+    "data": data,
+    "kernel": kernel,
+    "queue": queue,
+    "classifier": classifier,
+    "evaluation": evaluation,
+    "search": search,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

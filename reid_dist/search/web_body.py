@@ -1,0 +1,34 @@
+"""The body of a request, never more of it than is allowed."""
+
+import anyio
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+# Ten megabytes through a slow telephone; who sends slower holds a connection for nothing.
+_MAX_SECONDS = 120.0
+
+
+async def read_body(request: Request, limit: int) -> bytes | Response:
+    """All of the body, or the answer that refuses it.
+
+    Args:
+        request: of which nothing was read yet.
+        limit: bytes; what is beyond is neither kept nor waited for.
+    """
+    announced = request.headers.get("content-length", "0")
+    if not announced.isdecimal() or int(announced) > limit:
+        return _too_large(limit)
+    body = bytearray()
+    try:
+        with anyio.fail_after(_MAX_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    return _too_large(limit)
+    except (ClientDisconnect, TimeoutError):
+        return JSONResponse({"error": "the request did not arrive whole"}, 408)
+    return bytes(body)
+
+
+def _too_large(limit: int) -> Response:
+    return JSONResponse({"error": f"the request is larger than {limit} bytes; send a smaller photo"}, 413)

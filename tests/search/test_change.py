@@ -1,0 +1,340 @@
+"""Indexing, adding and deleting: what a kill or a full disk leaves, and that of what is deleted no byte stays."""
+
+import fcntl
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reid_dist.errors import UserError
+from reid_dist.search import change, encoding, lists, store
+from reid_dist.search.change import add, delete
+from reid_dist.search.encoding import read_chunk
+from reid_dist.search.entries import Entry, Filter
+from reid_dist.search.index import PhotoIndex
+from reid_dist.search.sources import list_source
+from reid_dist.trained import TrainedModel, load
+from tests.search.conftest import make_export, picture, write_photos
+from tests.search.vectors import clustered, described, write
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "BATCH", 3)
+    monkeypatch.setattr(encoding, "CHUNK", 6)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def around(folder: Path) -> dict[str, bytes]:
+    """Every file in the folder that the index lies in."""
+    return {str(path): path.read_bytes() for path in sorted(folder.parent.rglob("*")) if path.is_file()}
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """The wait status of a forked process that runs it: 3 is an OSError."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except OSError:
+            os._exit(3)
+        except BaseException:
+            os._exit(4)
+    return os.waitpid(child, 0)[1]
+
+
+def test_an_index_holds_every_photograph_with_what_is_known_of_it(
+    search_model: TrainedModel, photos: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos.index"
+    added = add([search_model], list_source(str(photos)), folder)
+    assert (added.new, added.kept, added.bad) == (20, 0, 0)
+    index = PhotoIndex.open(folder)
+    assert [Path(entry.file).relative_to(photos).parts for entry in index.entries] == [
+        (f"p{person}", f"{shot}.png") for person in range(5) for shot in range(4)
+    ]
+    entry = index.entries[9]
+    assert (entry.person, entry.camera, entry.date) == ("person-2", "camera-1", "2024-03-11")
+    assert index.entries[19].person is None
+    expected = search_model.encode_image([entry.file for entry in index.entries]).numpy()
+    np.testing.assert_allclose(index.vectors_ND, expected, atol=1e-3)
+    assert [hit.row for hit in index.search(expected[7], 1)] == [7]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos.index", "photos.index.lock"]
+
+
+def test_devices_share_the_chunks_and_change_nothing(
+    search_model: TrainedModel, search_run: Path, photos: Path, tmp_path: Path
+) -> None:
+    listing = list_source(str(photos))
+    add([search_model], listing, tmp_path / "one")
+    add([search_model, load(search_run, "cpu")], listing, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_again_adds_what_is_new_and_brings_the_rest_up_to_date(search_model: TrainedModel, tmp_path: Path) -> None:
+    photos, folder = write_photos(tmp_path / "album", people=3, shots=3), tmp_path / "photos.index"
+    add([search_model], list_source(str(photos)), folder)
+    before = contents(folder)
+    assert add([search_model], list_source(str(photos)), folder).new == 0 and contents(folder) == before
+    picture(9, 9).save(photos / "a_new.png")
+    picture(8, 8).save(photos / "p1" / "1.png")
+    os.utime(photos / "p1" / "1.png", (1, 1))
+    text = (photos / "metadata.csv").read_text()
+    (photos / "metadata.csv").write_text(text.replace("p0/2.png,person-0", "p0/2.png,Zoë"))
+    (photos / "p0" / "0.png").unlink()
+    added = add([search_model], list_source(str(photos)), folder)
+    assert (added.new, added.changed, added.kept) == (2, 1, 8)
+    index = PhotoIndex.open(folder)
+    by_file = {str(Path(entry.file).relative_to(photos)): row for row, entry in enumerate(index.entries)}
+    assert len(by_file) == 10 and "p0/0.png" in by_file  # what is gone from the source stays until it is deleted
+    assert index.entries.persons == ["Zoë", "person-0", "person-1"]
+    assert index.entries[by_file["p0/2.png"]].person == "Zoë"
+    for name in ("p1/1.png", "a_new.png", "p0/2.png"):
+        expected = search_model.encode_image(photos / name)[0].numpy()
+        np.testing.assert_allclose(index.vectors_ND[by_file[name]], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 2, 3, "commit"])
+def test_killed_at_any_chunk_and_started_again_gives_exactly_the_same_index(
+    killed_at: int | str,
+    search_model: TrainedModel,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listing = list_source(str(photos))
+    add([search_model], listing, tmp_path / "whole")
+    written = encoding._write_chunk
+    folder = tmp_path / "photos.index"
+
+    def write_or_die(path: Path, chunk: encoding.Chunk) -> None:
+        if len(list(path.parent.glob("*.npz"))) == killed_at:
+            path.with_suffix(".partial").write_bytes(b"half a chunk")
+            os.kill(os.getpid(), signal.SIGKILL)
+        written(path, chunk)
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "_write_chunk", write_or_die)
+        if killed_at == "commit":
+            patch.setattr(store, "replace_folder", die)
+        status = in_child(lambda: add([search_model], listing, folder))
+    assert os.WIFSIGNALED(status) and not folder.exists()
+    kept = len(list(store.work_folder(folder).glob("*.npz")))
+    assert kept == (4 if killed_at == "commit" else killed_at)
+    encoded: list[int] = []
+    real = encoding._encode
+    monkeypatch.setattr(encoding, "_encode", lambda *args: encoded.append(len(args[2])) or real(*args))
+    add([search_model], listing, folder)
+    assert sum(encoded) == len(listing.entries) - min(6 * kept, 20)
+    assert contents(folder) == contents(tmp_path / "whole")
+    assert not store.work_folder(folder).exists() and not folder.with_name("photos.index.partial").exists()
+
+
+def test_a_damaged_chunk_is_made_again(search_model: TrainedModel, photos: Path, tmp_path: Path) -> None:
+    entries = list_source(str(photos)).entries
+    paths = encoding.encode_entries([search_model], entries, tmp_path)
+    good = [path.read_bytes() for path in paths]
+    paths[1].write_bytes(good[1][: len(good[1]) // 2])
+    paths[2].write_bytes(b"")
+    assert read_chunk(paths[1]) is None and read_chunk(paths[2]) is None
+    assert encoding.encode_entries([search_model], entries, tmp_path) == paths
+    assert all(read_chunk(path) is not None for path in paths)
+
+
+def test_a_full_disk_changes_nothing_and_a_later_run_goes_on(
+    search_model: TrainedModel, photos: Path, tmp_path: Path
+) -> None:
+    folder = write_photos(tmp_path / "few", people=2, shots=2), tmp_path / "photos.index"
+    add([search_model], list_source(str(folder[0])), folder[1])
+    before = contents(folder[1])
+
+    def limited(size: int, work: Callable[[], object]) -> int:
+        def run() -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            work()
+
+        return in_child(run)
+
+    # 1,000 bytes: no chunk can be written. 2,000: chunks can, the entries of the whole index cannot.
+    for size in (1000, 2000):
+        status = limited(size, lambda: add([search_model], list_source(str(photos)), folder[1]))
+        assert os.WEXITSTATUS(status) == 3, size
+        assert contents(folder[1]) == before and not store._partial(folder[1]).exists()
+        assert not list(tmp_path.rglob("*.partial"))
+    assert len(list(store.work_folder(folder[1]).glob("*.npz"))) == 4
+    assert add([search_model], list_source(str(photos)), folder[1]).new == 20
+    grown = contents(folder[1])
+    assert os.WEXITSTATUS(limited(500, lambda: delete(folder[1], Filter(person="person-0")))) == 3
+    assert contents(folder[1]) == grown and not store._partial(folder[1]).exists()
+
+
+@pytest.fixture(params=["flat", "lists"])
+def many(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PhotoIndex:
+    if request.param == "lists":
+        monkeypatch.setattr(lists, "FLAT_LIMIT", 400)
+    vector_ND = clustered(900, 32, people=60)
+    entries = described(900)
+    entries[77] = Entry("/photos/secret-file.jpg", "secret-version", "secret-person", "secret-camera", "1987-06-05")
+    (tmp_path / "at").mkdir()
+    return write(tmp_path / "at" / "photos.index", vector_ND, entries)
+
+
+@pytest.mark.parametrize(
+    ("where", "files"),
+    [
+        (Filter(person="secret-person"), []),
+        (Filter(camera="secret-camera"), []),
+        (Filter(since="1987", until="1987-06"), []),
+        (Filter(), ["/photos/secret-file.jpg"]),
+    ],
+)
+def test_of_what_is_deleted_no_byte_stays(where: Filter, files: list[str], many: PhotoIndex) -> None:
+    folder, half_D = many.folder, np.array(many.vectors_ND[77])
+    full_D = half_D.astype(np.float32)
+    secrets = [half_D.tobytes(), full_D.tobytes(), half_D.tobytes()[:12], full_D.tobytes()[:12], b"secret", b"1987"]
+    # What a killed indexing and a killed deletion left holds it too.
+    store.work_folder(folder).mkdir()
+    (store.work_folder(folder) / "chunk.npz").write_bytes(half_D.tobytes())
+    shutil.copytree(folder, folder.with_name("photos.index.old"))
+    shutil.copytree(folder, folder.with_name("photos.index.partial"))
+    assert all(any(secret in data for data in around(folder).values()) for secret in (secrets[0], b"secret"))
+    gone = delete(folder, where, files)
+    assert [entry.person for entry in gone] == ["secret-person"]
+    left = around(folder)
+    assert not [(name, secret) for name, data in left.items() for secret in secrets if secret in data]
+    index = PhotoIndex.open(folder)
+    assert len(index.entries) == 899 and all("secret" not in entry.file for entry in index.entries)
+    # Not only no byte: the files are those of an index that never held it. So no code of it is left, which does not lie
+    # byte by byte in the lists, and no centre that it drew to itself.
+    never = write(folder.parent / "never.index", np.delete(many.vectors_ND, 77, axis=0), list(index.entries))
+    assert contents(never.folder) == contents(folder)
+
+
+def test_deleting_is_by_all_conditions_and_what_matches_nothing_is_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "photos.index"
+    write(folder, clustered(30, 4, people=3))
+    before = contents(folder)
+    for where, files in ((Filter(person="person 99"), []), (Filter(camera="camera 0"), ["/photos/1.jpg"])):
+        with pytest.raises(UserError, match="nothing deleted, no photograph is what was said"):
+            delete(folder, where, files)
+    with pytest.raises(UserError, match="says not what"):
+        delete(folder, Filter())
+    assert len(delete(folder, Filter(person="person 1"), dry=True)) == 5 and contents(folder) == before
+    assert {entry.file for entry in delete(folder, Filter("person 1", "camera 1"))} == {
+        "/photos/1.jpg",
+        "/photos/22.jpg",
+    }
+    assert len(delete(folder, Filter(), missing=True)) == 28  # no such file is anywhere
+    assert PhotoIndex.open(folder).search(np.ones(4), 3) == []
+
+
+def test_killed_between_the_two_renames_the_former_index_comes_back(tmp_path: Path) -> None:
+    folder = tmp_path / "photos.index"
+    write(folder, clustered(30, 4, people=3))
+    before = contents(folder)
+    folder.rename(tmp_path / "photos.index.old")
+    shutil.copytree(tmp_path / "photos.index.old", tmp_path / "photos.index.partial")
+    with pytest.raises(UserError, match=r"no index.*was killed, rename .*photos\.index\.old back"):
+        PhotoIndex.open(folder)
+    with store.changing(folder):
+        assert contents(folder) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos.index", "photos.index.lock"]
+
+
+def test_what_cannot_be_removed_is_an_error_and_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "photos.index"
+    write(folder, clustered(30, 4, people=3))
+    real = shutil.rmtree
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if ignore_errors:
+            return
+        if path.name.endswith(".old"):
+            raise PermissionError(f"{path}: not permitted")
+        real(path)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(PermissionError, match=r"\.old: not permitted"):
+        delete(folder, Filter(person="person 1"))
+    monkeypatch.undo()
+    with store.changing(folder):
+        assert not folder.with_name("photos.index.old").exists()
+
+
+def test_two_processes_do_not_change_one_index(tmp_path: Path) -> None:
+    folder = tmp_path / "photos.index"
+    write(folder, clustered(30, 4, people=3))
+    with (tmp_path / "photos.index.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is changing it"):
+            delete(folder, Filter(person="person 1"))
+    assert len(delete(folder, Filter(person="person 1"))) == 5
+
+
+def test_another_model_and_another_folder_are_refused(search_model: TrainedModel, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos.index"
+    add([search_model], list_source(str(photos)), folder)
+    other = load(make_export(tmp_path / "other", seed=1), "cpu")
+    with pytest.raises(UserError, match="was made with another model"):
+        add([other], list_source(str(photos)), folder)
+    with pytest.raises(UserError, match="exists and is no index"):
+        add([search_model], list_source(str(photos)), photos)
+
+
+def test_unreadable_photographs_end_it_or_are_left_out_and_counted(search_model: TrainedModel, tmp_path: Path) -> None:
+    photos, folder = write_photos(tmp_path / "album", people=2, shots=5), tmp_path / "photos.index"
+    (photos / "p0" / "2.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"p0/2\.png: the image does not decode.*--max-bad-fraction"):
+        add([search_model], list_source(str(photos)), folder)
+    assert not folder.exists()
+    added = add([search_model], list_source(str(photos)), folder, max_bad_fraction=0.1)
+    assert (added.new, added.bad) == (9, 1)
+    (photos / "p1" / "0.png").write_bytes(b"")
+    os.utime(photos / "p1" / "0.png", (1, 1))
+    for file in photos.rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="no photograph could be read"):
+        add([search_model], list_source(str(photos)), tmp_path / "none.index", max_bad_fraction=1.0)
+    assert not (tmp_path / "none.index").exists()
+
+
+def test_a_model_that_diverged_leaves_no_index(search_run: Path, photos: Path, tmp_path: Path) -> None:
+    model = load(search_run, "cpu")
+    next(model.encoder.visual.parameters()).data.fill_(float("nan"))
+    with pytest.raises(UserError, match="nan or inf"):
+        add([model], list_source(str(photos)), tmp_path / "photos.index")
+    assert not (tmp_path / "photos.index").exists() and not list(tmp_path.rglob("*.npz"))
+
+
+def test_extending_keeps_the_trained_centres(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lists, "FLAT_LIMIT", 400)
+    monkeypatch.setattr(change, "encode_entries", lambda *_: [tmp_path / "chunk"])
+    vector_ND = clustered(900, 8, people=40)
+    new = [Entry(f"/new/{i}.jpg", "1") for i in range(3)]
+    monkeypatch.setattr(change, "_chunk", lambda _: (new, vector_ND[:3]))
+    folder = tmp_path / "photos.index"
+    write(folder, vector_ND)
+
+    class Model:
+        digest, features, folder, manifest = "d" * 64, 8, tmp_path, {}
+
+    built = []
+    monkeypatch.setattr(store, "build_lists", lambda *_: built.append(1) or {})
+    added = add([Model()], change.Listing(new, []), folder)  # type: ignore[list-item]
+    index = PhotoIndex.open(folder)
+    assert not built and added.kept == 900 and index.manifest["lists"]["trained_on"] == 900
+    hits = index.search(vector_ND[1].astype(np.float32), 2)
+    assert {hit.row for hit in hits} == {1, 901}
