@@ -134,6 +134,7 @@ draw() { run python -m shards.world export "$@" --seed "$seed" --level quickstar
 for format in cuhk_pedes market1501; do
     draw "$format" --out "$raw/$format" --ids "$identities" --test-ids "$test_identities"
     run python -m shards.write "$format" --root "$raw/$format" --out "$shards/$format"
+    run python -m shards.world attributes "$raw/$format" "$shards/$format"
 done
 draw img2dataset --out "$raw/generic" --ids "$pairs" --person-share 0.6
 run python -m shards.write img2dataset --root "$raw/generic" --out "$shards/generic" --shard-mb "$pair_shard_mb"
@@ -161,3 +162,10 @@ train_seconds=$((SECONDS - began))
 phase=report
 run python -m reid_dist.benchmarks.quickstart "$result" --oracle "$data/oracle.json" \
     --seconds "install=$install_seconds" "data=$data_seconds" "train=$train_seconds"
+cat <<END
+
+The model is in $result. What to do with it, after: source .venv/bin/activate
+  python launch/evaluate.py $result --benchmarks cuhk_pedes market1501 --report $result/report
+  python launch/search.py index $result $shards/market1501 --out $result/photos.index
+  python launch/search.py serve $result/photos.index
+END

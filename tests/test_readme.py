@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from launch.benchmark import BENCHMARKS
+from launch.evaluate import parse_arguments
 from reid_dist.claims.command import claims_parser
+from reid_dist.export.command import export_parser
 from reid_dist.recipe_file import load_config
 from shards.write import CONVERTERS
 
@@ -34,6 +36,8 @@ def test_there_are_commands_to_check() -> None:
 def test_command_names_what_exists(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    if not words:
+        return  # a variable for the commands that follow
     program, rest = words[0], words[1:]
     if program == "bash":
         assert subprocess.run(["bash", "-n", rest[0]], check=False).returncode == 0
@@ -45,6 +49,10 @@ def test_command_names_what_exists(page: str, command: str, monkeypatch: pytest.
         assert rest[1] in BENCHMARKS
     elif rest[0] == "launch/claims.py":
         claims_parser().parse_intermixed_args(rest[1:])
+    elif rest[0] == "launch/export.py":
+        export_parser().parse_args(rest[1:])
+    elif "launch/evaluate.py" in rest:
+        parse_arguments(rest[rest.index("launch/evaluate.py") + 1 :])
     elif program in ("deepspeed", "torchrun", "python", "srun"):
         place = rest.index("launch/train.py")
         overrides = [word for word in rest[place + 2 :] if "=" in word and not word.startswith("--") and word != "…"]
