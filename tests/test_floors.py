@@ -13,6 +13,7 @@ FLOORS = {
     "reid_dist": 6,  # the package's own __init__: what it offers as a library
     "reid_dist.errors": 0,
     "reid_dist.files": 0,
+    "reid_dist.revision": 0,
     "reid_dist.config": 0,
     "reid_dist.recipe_file": 1,
     "reid_dist.distributed": 0,

@@ -3,11 +3,12 @@
 import importlib.metadata
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from reid_dist.revision import commit
 
 PACKAGES = (
     *("torch", "triton", "numpy", "pillow", "simplejpeg", "webdataset", "deepspeed"),
@@ -24,7 +25,7 @@ def describe_machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -42,13 +43,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _commit() -> str | None:
-    """The commit of the working tree, with a + where files differ from it; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        described = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return None
-    return described.stdout.strip() or None

@@ -6,7 +6,6 @@ identities and the world's own oracle; writes results.json and a contact sheet o
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from reid_dist.recipe_file import load_config
 from reid_dist.report.ranked import ranked_rows
 from reid_dist.report.sheet import contact_sheet
 from reid_dist.report.table import result_table
+from reid_dist.revision import commit
 from reid_dist.scoring import START, read_scores
 
 RESULTS_FILE = "results.json"
@@ -71,7 +71,7 @@ def report(run: Path, oracle: Path, seconds: dict[str, int]) -> str:
     ]
     rows = [(LABELS.get(name, name), baselines[name]) for name in baselines]
     rows += [(f"after {stage['name']}", stage) for stage in stages]
-    results: dict[str, Any] = {"commit": _commit(), "baselines": baselines, "stages": stages}
+    results: dict[str, Any] = {"commit": commit(), "baselines": baselines, "stages": stages}
     for name, (differing, label) in COMPARATORS.items():
         names = [stage.name for stage in config.stages[differing]]
         if all((run / name / each / "metrics.json").is_file() for each in names):
@@ -165,13 +165,6 @@ def _contact_sheet(config: RunConfig, run: Path) -> None:
             features = extract_benchmark(of_task, shards, tokenizer, size, split=stage.evaluation.split)
             rows += ranked_rows(shards, features, task(features))
     contact_sheet(run / SHEET_FILE, f"{run.name}: after stage {stage.name}, identities never seen in training", rows)
-
-
-def _commit() -> str | None:
-    """The commit of the working tree, with a + where files differ from it; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    described = subprocess.run(command, capture_output=True, text=True)
-    return described.stdout.strip() or None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from reid_dist.engine import prepare_environment
 from reid_dist.errors import UserError
 from reid_dist.evaluate.benchmarks import Benchmark, choose_tasks, open_sets
 from reid_dist.evaluate.candidates import Candidate, open_candidates
-from reid_dist.evaluate.results import as_json, commit
+from reid_dist.evaluate.results import as_json
 from reid_dist.evaluate.scoring import Scores, Settings, score_candidate
 from reid_dist.evaluate.selection import Criterion, Selection, parse_criterion, select, validation_benchmarks
 from reid_dist.evaluate.tables import as_text, matrix_tables, score_tables, seed_means, seed_table, selection_table
@@ -25,6 +25,7 @@ from reid_dist.files import write_results
 from reid_dist.metrics import say
 from reid_dist.report.document import Table
 from reid_dist.report.page import require_page, write_page
+from reid_dist.revision import commit
 
 DATA_ROOT = "data/shards"
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from reid_dist import distributed
@@ -15,6 +13,7 @@ from reid_dist.evaluate.selection import Selection
 from reid_dist.evaluate.tables import PROTOCOL_NOTE, SeedMean
 from reid_dist.evaluation.ranking import METRIC_KEYS
 from reid_dist.evaluation.reranking.choice import describe_reranking
+from reid_dist.revision import commit
 
 FORMAT_VERSION = 1
 
@@ -113,13 +112,3 @@ def _result(row: Row) -> dict[str, Any]:
         "scored": row.scored,
         "was_recorded": row.is_read,
     }
-
-
-def commit() -> str | None:
-    """The commit of the working tree, with a + where files differ from it; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        described = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return None
-    return described.stdout.strip() or None
