@@ -27,13 +27,18 @@ _SUMMARY = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 2 after one clear line for wrong input; 1 for a full disk and the like."""
+def command_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsers = parser.add_subparsers(dest="command", required=True)
     for name, (add_arguments, _) in COMMANDS.items():
         add_arguments(parsers.add_parser(name, help=_SUMMARY[name], description=f"{name}: {_SUMMARY[name]}."))
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0; 2 after one clear line for wrong input; 1 for a full disk and the like."""
+    arguments = command_parser().parse_args(argv)
     try:
         COMMANDS[arguments.command][1](arguments)
     except UserError as error:

@@ -28,6 +28,8 @@ FLOORS = {
     "reid_dist.evaluation.similarity": 2,
     "reid_dist.evaluation.counting": 2,
     "reid_dist.evaluation.ranking": 2,
+    "reid_dist.evaluation.nearest": 2,
+    "reid_dist.evaluation.sharing": 2,
     "reid_dist.evaluation.reranking": 2,
     "reid_dist.evaluation.chance": 2,
     "reid_dist.evaluation.baselines": 2,

@@ -10,6 +10,7 @@ import pytest
 
 from launch.benchmark import BENCHMARKS
 from launch.evaluate import parse_arguments
+from launch.search import command_parser
 from reid_dist.claims.command import claims_parser
 from reid_dist.export.command import export_parser
 from reid_dist.recipe_file import load_config
@@ -49,6 +50,8 @@ def test_command_names_what_exists(page: str, command: str, monkeypatch: pytest.
         assert rest[1] in BENCHMARKS
     elif rest[0] == "launch/claims.py":
         claims_parser().parse_intermixed_args(rest[1:])
+    elif rest[0] == "launch/search.py":
+        command_parser().parse_args(rest[1:])
     elif rest[0] == "launch/export.py":
         export_parser().parse_args(rest[1:])
     elif "launch/evaluate.py" in rest:

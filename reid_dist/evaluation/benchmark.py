@@ -20,7 +20,6 @@ from reid_dist.data.loader import eval_batches
 from reid_dist.data.reader import Rows, ShardSet
 from reid_dist.data.sample import ROLES
 from reid_dist.data.tokenizer import Tokenizer
-from reid_dist.distributed import all_gather_ragged, rank, world_size
 from reid_dist.errors import UserError
 from reid_dist.evaluation.baselines import BaselineData, ImageSet
 from reid_dist.evaluation.features import Encoder, Features, extract
@@ -32,7 +31,7 @@ from reid_dist.evaluation.ranking import (
     summarise,
 )
 from reid_dist.evaluation.reranking.choice import Reranking
-from reid_dist.evaluation.similarity import block_count, block_rows
+from reid_dist.evaluation.sharing import over_ranks
 
 Pair = dict[str, Metrics | None]
 TaskKind = Literal["t2i", "i2t", "i2i"]
@@ -134,12 +133,11 @@ def i2i_task(features: Features) -> Task | None:
     gallery_G = _has_role(features.role_N, "gallery", "distractor").nonzero().flatten()
     if len(query_Q) == 0 or len(gallery_G) == 0:
         return None
-    sides = [
-        column[part]
-        for column in (features.image_ND, features.image_pid_N, features.camid_N)
-        for part in (query_Q, gallery_G)
-    ]
-    return Task("i2i", Retrieval(*sides), query_Q, gallery_G)
+    query, gallery = (
+        (features.image_ND[part], features.image_pid_N[part], features.camid_N[part]) for part in (query_Q, gallery_G)
+    )
+    retrieval = Retrieval(query[0], gallery[0], query[1], gallery[1], query[2], gallery[2])
+    return Task("i2i", retrieval, query_Q, gallery_G)
 
 
 TASKS: dict[TaskKind, Callable[[Features], Task | None]] = {"t2i": t2i_task, "i2t": i2t_task, "i2i": i2i_task}
@@ -147,16 +145,11 @@ TASKS: dict[TaskKind, Callable[[Features], Task | None]] = {"t2i": t2i_task, "i2
 
 def rank_task(task: Task) -> QueryRanks:
     """`rank_queries` with the blocks of queries shared out over the ranks; each gets the whole answer."""
-    queries, ranks = len(task.query_Q), world_size()
-    dealt = [range(part, block_count(queries), ranks) for part in range(ranks)]
-    own = rank_queries(task.retrieval, blocks=dealt[rank()]).table()
-    parts = all_gather_ragged(own.to(task.query_Q.device))
-    table = torch.empty(queries, own.shape[1], dtype=torch.float64)
-    for blocks, part in zip(dealt, parts, strict=True):
-        rows = [block_rows(block, queries) for block in blocks]
-        for row, value in zip(rows, torch.split(part.cpu(), [row.stop - row.start for row in rows]), strict=True):
-            table[row] = value
-    return QueryRanks.from_table(table)
+    retrieval = task.retrieval
+    queries, device = len(task.query_Q), task.query_Q.device
+    return QueryRanks.from_table(
+        over_ranks(queries, lambda blocks: rank_queries(retrieval, blocks=blocks).table(), device)
+    )
 
 
 def score_task(task: Task, reranking: Reranking | None = None) -> TaskResult:

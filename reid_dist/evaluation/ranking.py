@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from reid_dist.errors import UserError
 from reid_dist.evaluation.counting import BlockCount, SameIdentity
+from reid_dist.evaluation.nearest import nearest
 from reid_dist.evaluation.similarity import GALLERY_BLOCK, QUERY_BLOCK, block_count, block_rows, each_block, prepare
 
 Metrics = dict[str, float]
@@ -72,6 +73,7 @@ class Retrieval:
         query_camid_Q: [Q] cameras. When given, gallery entries of the query's identity AND camera are removed
             for that query (Market-1501 rule); camera -1 is unknown and never removes anything.
         gallery_camid_G: [G] cameras; given exactly when query_camid_Q is.
+        normalise: L2-normalise both sides (cosine); False: inner products.
     """
 
     query_QD: Tensor
@@ -80,6 +82,7 @@ class Retrieval:
     gallery_pid_G: Tensor
     query_camid_Q: Tensor | None = None
     gallery_camid_G: Tensor | None = None
+    normalise: bool = True
 
     def __post_init__(self) -> None:
         """Checks shapes and moves labels to the device of the queries."""
@@ -125,19 +128,18 @@ class Retrieval:
         """
         return similarity_CS
 
-    def removed(self, rows: slice) -> Tensor:
-        """Which gallery entries the camera rule removes for each of some queries. Shape: (C, G)."""
-        same_CG = self.query_pid_Q[rows, None] == self.gallery_pid_G
-        if self.query_camid_Q is None or self.gallery_camid_G is None:
-            return torch.zeros_like(same_CG)
-        camid_C1 = self.query_camid_Q[rows, None]
-        return same_CG & (self.gallery_camid_G == camid_C1) & (camid_C1 >= 0)
+    def queries(self) -> Tensor:
+        """The queries' features, checked and prepared. Shape: (Q, D)."""
+        return prepare(self.query_QD, "query", self.normalise, self.query_QD.device)
 
-    def similarity(self, *, normalise: bool = True) -> Tensor:
+    def gallery(self, segment: slice = slice(None)) -> Tensor:
+        """Features of a part of the gallery, checked and prepared, where the queries are. Shape: (S, D)."""
+        part_SD = self.gallery_GD[segment]
+        return prepare(part_SD, "gallery", self.normalise, self.query_QD.device, segment.start or 0)
+
+    def similarity(self) -> Tensor:
         """All that is ranked, for small tasks. Shape: (Q, G)."""
-        device = self.query_QD.device
-        query_QD = prepare(self.query_QD, "query", normalise, device)
-        gallery_GD = prepare(self.gallery_GD, "gallery", normalise, device)
+        query_QD, gallery_GD = self.queries(), self.gallery()
         parts = each_block(query_QD, gallery_GD, lambda rows, similarity_CG: self.adjusted(similarity_CG, rows).clone())
         return torch.cat([query_QD.new_zeros(0, len(gallery_GD)), *parts])
 
@@ -185,9 +187,7 @@ def _uncounted(task: Retrieval, blocks: Iterable[int]) -> dict[int, BlockCount]:
 _Actions = Sequence[Callable[[BlockCount, Tensor, slice], None]]
 
 
-def rank_queries(
-    task: Retrieval, *, normalise: bool = True, segment: int = SEGMENT, blocks: Iterable[int] | None = None
-) -> QueryRanks:
+def rank_queries(task: Retrieval, *, segment: int = SEGMENT, blocks: Iterable[int] | None = None) -> QueryRanks:
     """Scores queries; see `rank_metrics` for the rules.
 
     A gallery of one segment is multiplied once. A larger one is passed through twice, first for the similarity of the
@@ -195,7 +195,6 @@ def rank_queries(
 
     Args:
         task: queries and gallery.
-        normalise: L2-normalise both sides (cosine). False scores by inner product.
         segment: gallery entries in memory at a time, rounded up to whole blocks; no bit of the result depends on it.
         blocks: which blocks of 512 queries (`similarity.block_rows`), in ascending order; none: all.
 
@@ -208,8 +207,7 @@ def rank_queries(
         raise UserError("evaluation: the gallery is empty; check the roles and the split of the shard set")
     if segment < 1:
         raise ValueError(f"segment must be >= 1, got {segment}")
-    device, queries = task.query_QD.device, len(task.query_QD)
-    query_QD = prepare(task.query_QD, "query", normalise, device)
+    query_QD, queries = task.queries(), len(task.query_QD)
     chosen = list(range(block_count(queries)) if blocks is None else blocks)
     counts = _uncounted(task, chosen)
     width = size if task.needs_whole_rows else -(-segment // GALLERY_BLOCK) * GALLERY_BLOCK
@@ -217,7 +215,7 @@ def rank_queries(
     find, count = BlockCount.find, BlockCount.count
     for actions in [[find, count]] if len(segments) == 1 else [[find], [count]]:
         for part in segments:
-            gallery_SD = prepare(task.gallery_GD[part], "gallery", normalise, device, part.start)
+            gallery_SD = task.gallery(part)
 
             def work(rows: slice, similarity_CS: Tensor, part: slice = part, actions: _Actions = actions) -> None:
                 similarity_CS = task.adjusted(similarity_CS, rows)
@@ -281,8 +279,8 @@ def rank_metrics(
     Source: reference/evaluation.md sections 1-3 and 5; mINP from Ye et al., "Deep Learning for Person
     Re-identification: A Survey and Outlook", equation 10.
     """
-    task = Retrieval(query_QD, gallery_GD, query_pid_Q, gallery_pid_G, query_camid_Q, gallery_camid_G)
-    return summarise(rank_queries(task, normalise=normalise, segment=segment))
+    sides = (query_QD, gallery_GD, query_pid_Q, gallery_pid_G, query_camid_Q, gallery_camid_G)
+    return summarise(rank_queries(Retrieval(*sides, normalise), segment=segment))
 
 
 def t2i_metrics(text_QD: Tensor, image_GD: Tensor, text_pid_Q: Tensor, image_pid_G: Tensor) -> Metrics:
@@ -302,27 +300,27 @@ def i2i_metrics(
     return rank_metrics(query_QD, gallery_GD, query_pid_Q, gallery_pid_G, query_camid_Q, gallery_camid_G)
 
 
-def top_matches(task: Retrieval, k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
-    """The first k gallery entries per query in the very order that the metrics count; for a few queries.
+def top_matches(task: Retrieval, k: int) -> tuple[Tensor, Tensor]:
+    """The first k gallery entries per query in the very order that the metrics count.
 
     Returns:
         index_QK int64 and score_QK fp32. Where fewer than k entries remain after the camera rule: -1, -inf.
     """
-    device = task.query_QD.device
-    query_QD = prepare(task.query_QD, "query", normalise, device)
-    gallery_GD = prepare(task.gallery_GD, "gallery", normalise, device)
+    size = len(task.gallery_GD)
+    same = SameIdentity(task.gallery_pid_G, task.gallery_camid_G)
 
     def first(rows: slice, similarity_CG: Tensor) -> tuple[Tensor, Tensor]:
         similarity_CG = task.adjusted(similarity_CG, rows)
-        similarity_CG.masked_fill_(task.removed(rows), -torch.inf)
-        same_CG = task.query_pid_Q[rows, None] == task.gallery_pid_G
-        negatives_first_CG = same_CG.byte().argsort(dim=1, stable=True)  # pessimistic ties after a stable sort
-        score_CG, place_CG = similarity_CG.gather(1, negatives_first_CG).sort(dim=1, descending=True, stable=True)
-        found_CG = negatives_first_CG.gather(1, place_CG).masked_fill(score_CG == -torch.inf, -1)
-        short = max(0, k - found_CG.shape[1])
-        padded = nn.functional.pad(found_CG[:, :k], (0, short), value=-1)
-        return padded, nn.functional.pad(score_CG[:, :k], (0, short), value=-torch.inf)
+        camid_C = None if task.query_camid_Q is None else task.query_camid_Q[rows]
+        query_E, entry_E, kept_E = same.pairs(task.query_pid_Q[rows], camid_C)
+        similarity_CG[query_E[~kept_E], entry_E[~kept_E]] = -torch.inf
+        is_positive_E = query_E[kept_E] * size + entry_E[kept_E]
+        found_CK = nearest(similarity_CG, min(k, size), after=is_positive_E)  # pessimistic: after equal negatives
+        score_CK = similarity_CG.gather(1, found_CK)
+        padding = (0, max(0, k - size))
+        found_CK = nn.functional.pad(found_CK.masked_fill(score_CK == -torch.inf, -1), padding, value=-1)
+        return found_CK, nn.functional.pad(score_CK, padding, value=-torch.inf)
 
-    parts = each_block(query_QD, gallery_GD, first)
-    empty = torch.zeros(0, k, device=device)
+    parts = each_block(task.queries(), task.gallery(), first)
+    empty = torch.zeros(0, k, device=task.query_QD.device)
     return torch.cat([empty.long(), *(found for found, _ in parts)]), torch.cat([empty, *(score for _, score in parts)])

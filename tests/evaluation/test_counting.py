@@ -1,10 +1,15 @@
 """Both ways to count, for GPUs and for processors, against a plain loop."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from reid_dist.evaluation.counting import SameIdentity, by_passing_through, by_sorting_rows
+from reid_dist.evaluation.ranking import Retrieval, rank_queries
+from reid_dist.evaluation.reranking.k_reciprocal import k_reciprocal
+from reid_dist.evaluation.reranking.neighbour_jaccard import neighbour_jaccard
 
 
 def counted(similarity_CS: Tensor, count_C: list[int], value_P: Tensor) -> tuple[list[int], list[bool]]:
@@ -49,11 +54,13 @@ def test_pairs_of_one_identity() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_ranks_as_the_processor_does() -> None:
-    from reid_dist.evaluation.ranking import Retrieval, rank_queries
-
     generator = torch.Generator().manual_seed(0)
-    query, gallery = (torch.randint(-2, 3, (size, 16), generator=generator).float() for size in (700, 9000))
-    labels = [torch.randint(0, high, (size,), generator=generator) for high in (300, 4) for size in (700, 9000)]
-    here = rank_queries(Retrieval(query, gallery, *labels), normalise=False)
-    there = rank_queries(Retrieval(query.cuda(), gallery.cuda(), *labels), normalise=False, segment=4096)
-    assert torch.equal(here.table(), there.table())
+    query, gallery = (torch.randint(-2, 3, (size, 16), generator=generator).float() for size in (700, 5000))
+    labels = [torch.randint(0, high, (size,), generator=generator) for high in (300, 4) for size in (700, 5000)]
+    here, there = (Retrieval(query.to(device), gallery.to(device), *labels) for device in ("cpu", "cuda"))
+    whole = rank_queries(replace(here, normalise=False)).table()
+    assert torch.equal(whole, rank_queries(replace(there, normalise=False), segment=4096).table())
+    for reranking in (neighbour_jaccard, k_reciprocal):
+        found = reranking(there).similarity()
+        assert torch.equal(found, reranking(there).similarity())
+        torch.testing.assert_close(found.cpu(), reranking(here).similarity(), rtol=0, atol=1e-5)

@@ -22,7 +22,7 @@ from reid_dist.evaluation.ranking import (
 
 
 def ranked(*tensors: Tensor, normalise: bool = True) -> QueryRanks:
-    return rank_queries(Retrieval(*tensors), normalise=normalise)
+    return rank_queries(Retrieval(*tensors, normalise=normalise))
 
 
 Labels = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -334,7 +334,7 @@ def test_wrong_calls_are_refused() -> None:
 
 def test_top_matches_shows_the_order_that_is_counted() -> None:
     query, gallery, labels = problem(37, 60, 3, 12, 3, seed=21, integer=True)
-    index, score = top_matches(Retrieval(query, gallery, *labels), 60, normalise=False)
+    index, score = top_matches(Retrieval(query, gallery, *labels, normalise=False), 60)
     ranks = ranked(query, gallery, *labels, normalise=False)
     qp, gp, qc, gc = labels
     for q in range(37):

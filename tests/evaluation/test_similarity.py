@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from reid_dist.benchmarks.kernel_worker import peak_extra_bytes
 from reid_dist.evaluation.benchmark import Task, rank_task
-from reid_dist.evaluation.ranking import QueryRanks, Retrieval, rank_queries
+from reid_dist.evaluation.ranking import QueryRanks, Retrieval, rank_queries, top_matches
+from reid_dist.evaluation.reranking.k_reciprocal import k_reciprocal
 from reid_dist.evaluation.reranking.neighbour_jaccard import neighbour_jaccard
 
 
@@ -44,20 +46,6 @@ def test_a_gallery_in_a_file_is_read_a_segment_at_a_time(tmp_path: Path) -> None
     assert torch.equal(found.table(), ranked(query, gallery.half(), labels).table())
 
 
-def table_with_threads(threads: int) -> Tensor:
-    torch.set_num_threads(threads)
-    query, gallery, labels = problem(1201, 700, 65, seed=6)
-    table = ranked(query, gallery, labels).table()
-    assert torch.get_num_threads() == threads
-    return table
-
-
-def test_threads_change_no_bit(run_ranks: Callable[..., list[Any]]) -> None:
-    # In processes of their own: one that has started OpenMP's threads must not be forked later.
-    one, three = (run_ranks(1, table_with_threads, threads)[0] for threads in (1, 3))
-    assert torch.equal(one, three)
-
-
 @pytest.mark.parametrize("dealt", [[[0, 2], [1]], [[2], [0, 1]], [[], [0, 1, 2]]])
 def test_blocks_of_queries_change_no_bit(dealt: list[list[int]]) -> None:
     query, gallery, labels = problem(1201, 300, 65, seed=7)
@@ -68,20 +56,54 @@ def test_blocks_of_queries_change_no_bit(dealt: list[list[int]]) -> None:
         assert torch.equal(found, want[torch.cat([torch.zeros(0, dtype=torch.int64), *rows])])
 
 
-def table_of_ranks(reranked: bool) -> Tensor:
+RERANKINGS = {"cosine": lambda task: task, "jaccard": neighbour_jaccard, "k-reciprocal": k_reciprocal}
+
+
+def table_of_ranks(reranking: str) -> Tensor:
     query, gallery, labels = problem(1201, 300, 65, seed=7)
     retrieval = Retrieval(query, gallery, *labels)
-    task = Task("i2i", neighbour_jaccard(retrieval) if reranked else retrieval, torch.arange(1201), torch.arange(300))
+    task = Task("i2i", RERANKINGS[reranking](retrieval), torch.arange(1201), torch.arange(300))
     return rank_task(task).table()
 
 
-@pytest.mark.parametrize("reranked", [False, True])
+@pytest.mark.parametrize("reranking", RERANKINGS)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_share_the_blocks_and_agree_to_the_bit(
-    run_ranks: Callable[..., list[Any]], ranks: int, reranked: bool
+    run_ranks: Callable[..., list[Any]], ranks: int, reranking: str
 ) -> None:
-    want = table_of_ranks(reranked)
-    assert all(torch.equal(found, want) for found in run_ranks(ranks, table_of_ranks, reranked))
+    want = table_of_ranks(reranking)
+    assert all(torch.equal(found, want) for found in run_ranks(ranks, table_of_ranks, reranking))
+
+
+def tables_with_threads(threads: int) -> list[Tensor]:
+    torch.set_num_threads(threads)
+    tables = [table_of_ranks(reranking) for reranking in RERANKINGS]
+    assert torch.get_num_threads() == threads
+    return tables
+
+
+def test_threads_change_no_bit(run_ranks: Callable[..., list[Any]]) -> None:
+    # In processes of their own: one that has started OpenMP's threads must not be forked later.
+    one, three = (run_ranks(1, tables_with_threads, threads)[0] for threads in (1, 3))
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "blocks"),
+    [
+        (rank_queries, 2),
+        (lambda task: rank_queries(task, segment=4096), 1),
+        (lambda task: top_matches(task, 10), 4),
+        (lambda task: rank_queries(neighbour_jaccard(task)), 4),
+        (lambda task: rank_queries(k_reciprocal(task)), 6),
+    ],
+    ids=["cosine", "segments", "top", "jaccard", "k-reciprocal"],
+)
+def test_memory_is_that_of_a_block(call: Callable[[Retrieval], object], blocks: int) -> None:
+    query, gallery, labels = problem(1100, 12_000, 8, seed=15)
+    extra = peak_extra_bytes(lambda: call(Retrieval(query, gallery, *labels)), torch.device("cpu"))
+    assert extra is not None
+    assert extra < blocks * 512 * 12_288 * 4  # of one block of queries; all of them are 2.1 blocks
 
 
 def test_similarity_is_the_cosine_in_fp32() -> None:

@@ -14,10 +14,11 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from reid_dist.evaluation.nearest import nearest
 from reid_dist.evaluation.ranking import Retrieval
-from reid_dist.evaluation.reranking.nearest import nearest
-from reid_dist.evaluation.reranking.sparse_rows import SparseRows, row_of, starts, take, transposed
-from reid_dist.evaluation.similarity import each_block, prepare
+from reid_dist.evaluation.reranking.sparse_rows import SparseRows, row_of, starts, sums, take, transposed
+from reid_dist.evaluation.sharing import over_ranks
+from reid_dist.evaluation.similarity import each_block
 
 _ROWS = 512  # that are widened or averaged at a time
 _PAIRS = 2**15  # whose distances are measured at a time
@@ -79,12 +80,10 @@ class KReciprocalRetrieval(Retrieval):
         met = take(self.gallery_of, own.column_E)
         least = torch.minimum(own.value_E.repeat_interleave(count_E), met.value_E)
         cell = row_of(own).repeat_interleave(count_E) * size[1] + met.column_E
-        return torch.zeros(size[0] * size[1], device=least.device).index_add_(0, cell, least).view(size)
+        return sums(cell, least, size[0] * size[1]).view(size)
 
 
-def k_reciprocal(
-    retrieval: Retrieval, k1: int = 20, k2: int = 6, weight: float = 0.3, *, normalise: bool = True
-) -> KReciprocalRetrieval:
+def k_reciprocal(retrieval: Retrieval, k1: int = 20, k2: int = 6, weight: float = 0.3) -> KReciprocalRetrieval:
     """Re-ranks by the neighbours that queries and gallery entries have in common and are to each other.
 
     As the original's code (evaluation.md 6.1): squared distances of normalised features, each row over its greatest; of
@@ -96,7 +95,6 @@ def k_reciprocal(
         k1: neighbours.
         k2: neighbours averaged over, itself among them; 1: none.
         weight: lambda, of the original distance.
-        normalise: as the ranking that follows.
 
     Raises:
         ValueError: numbers that cannot be.
@@ -105,8 +103,7 @@ def k_reciprocal(
     if k1 < 1 or k2 < 1 or not 0 <= weight <= 1:
         raise ValueError(f"k1 and k2 must be >= 1 and weight from 0 to 1, got {k1}, {k2}, {weight}")
     device, queries = retrieval.query_QD.device, len(retrieval.query_QD)
-    sides = [(retrieval.query_QD, "query"), (retrieval.gallery_GD, "gallery")]
-    feature_ND = torch.cat([prepare(feature, side, normalise, device) for feature, side in sides])
+    feature_ND = torch.cat([retrieval.queries(), retrieval.gallery()])
     square_N = feature_ND.square().sum(1)
     near_NK, scale_N = _neighbours(feature_ND, square_N, max(k1 + 1, k2))
     weights = _weights(feature_ND, near_NK[:, : k1 + 1], scale_N, round(k1 / 2) + 1)
@@ -134,9 +131,13 @@ def _neighbours(feature_ND: Tensor, square_N: Tensor, count: int) -> tuple[Tenso
         nearness_CN = similarity_CN.mul_(2).sub_(square_N)  # squared length of the row less the squared distance
         return nearest(nearness_CN, count), square_N[rows] - nearness_CN.amin(1)
 
-    parts = each_block(feature_ND, feature_ND, near)
-    scale_N = torch.cat([scale for _, scale in parts]).clamp_(min=torch.finfo(torch.float32).tiny)
-    return torch.cat([columns for columns, _ in parts]), scale_N
+    def table(blocks: range) -> Tensor:
+        parts = each_block(feature_ND, feature_ND, near, blocks)
+        rows = [torch.cat([columns.double(), scale.double()[:, None]], 1) for columns, scale in parts]
+        return torch.cat([square_N.new_zeros(0, count + 1).double(), *rows])
+
+    found = over_ranks(len(feature_ND), table, feature_ND.device).to(feature_ND.device)
+    return found[:, :count].long(), found[:, count].float().clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def _weights(feature_ND: Tensor, near_NK: Tensor, scale_N: Tensor, half: int) -> SparseRows:
@@ -153,7 +154,7 @@ def _weights(feature_ND: Tensor, near_NK: Tensor, scale_N: Tensor, half: int) ->
     pairs = zip(torch.split(row_E, _PAIRS), torch.split(column_E, _PAIRS), strict=True)
     distance_E = torch.cat([(feature_ND[a] - feature_ND[b]).square().sum(1) for a, b in pairs])
     value_E = (-distance_E / scale_N[row_E]).exp()
-    sum_N = torch.zeros(len(near_NK), device=value_E.device).index_add_(0, row_E, value_E)
+    sum_N = sums(row_E, value_E, len(near_NK))
     return SparseRows(starts(row_E, len(near_NK)), column_E, value_E / sum_N[row_E])
 
 
@@ -186,7 +187,7 @@ def _averaged(weights: SparseRows, near_NK: Tensor) -> SparseRows:
         taken = take(weights, row_CK.flatten())
         cell_E = (row_of(taken) // count) * size + taken.column_E
         cell_E, place_E = torch.unique(cell_E, return_inverse=True)
-        value_E = torch.zeros(len(cell_E), device=cell_E.device).index_add_(0, place_E, taken.value_E / count)
+        value_E = sums(place_E, taken.value_E / count, len(cell_E))
         parts.append(SparseRows(starts(cell_E // size, len(row_CK)), cell_E % size, value_E))
     counts = torch.cat([part.start_R1.diff() for part in parts])
     start_R1 = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

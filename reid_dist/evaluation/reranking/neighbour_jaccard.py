@@ -13,10 +13,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from reid_dist.evaluation.nearest import nearest
 from reid_dist.evaluation.ranking import Retrieval
-from reid_dist.evaluation.reranking.nearest import nearest
 from reid_dist.evaluation.reranking.sparse_rows import SparseRows, row_of, starts, take
-from reid_dist.evaluation.similarity import each_block, prepare
+from reid_dist.evaluation.sharing import over_ranks
+from reid_dist.evaluation.similarity import each_block
 
 _NOTHING = SparseRows(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
 
@@ -56,19 +57,16 @@ class NeighbourJaccardRetrieval(Retrieval):
         return similarity_CS
 
 
-def neighbour_jaccard(
-    retrieval: Retrieval, neighbours: int = 5, weight: float = 0.05, *, normalise: bool = True
-) -> NeighbourJaccardRetrieval:
+def neighbour_jaccard(retrieval: Retrieval, neighbours: int = 5, weight: float = 0.05) -> NeighbourJaccardRetrieval:
     """Re-ranks by shared neighbours in the gallery, whose entries are compared with their own kind.
 
     Published for captions and images, either way; between images it is the same rule. Cameras do not matter here: the
-    published rule knows none, and the ranking that follows obeys them.
+    published rule knows none, and the ranking that follows obeys them. A collective: the ranks share the work.
 
     Args:
         retrieval: queries and gallery.
         neighbours: K; of a smaller gallery, all.
         weight: of the Jaccard index.
-        normalise: as the ranking that follows.
 
     Raises:
         ValueError: less than one neighbour.
@@ -76,15 +74,21 @@ def neighbour_jaccard(
     """
     if neighbours < 1:
         raise ValueError(f"neighbours must be >= 1, got {neighbours}")
-    gallery_GD = prepare(retrieval.gallery_GD, "gallery", normalise, retrieval.query_QD.device)
+    gallery_GD = retrieval.gallery()
     count = min(neighbours, len(gallery_GD))
-    parts = each_block(gallery_GD, gallery_GD, lambda rows, similarity_CG: nearest(similarity_CG, count))
+
+    def near(blocks: range) -> Tensor:
+        parts = each_block(gallery_GD, gallery_GD, lambda rows, similarity_CG: nearest(similarity_CG, count), blocks)
+        return torch.cat([gallery_GD.new_zeros(0, count).double(), *(part.double() for part in parts)])
+
+    near_GK = over_ranks(len(gallery_GD), near, gallery_GD.device).long().to(gallery_GD.device)
     told = {field.name: getattr(retrieval, field.name) for field in fields(Retrieval)}
-    return NeighbourJaccardRetrieval(**told, neighbours=count, weight=weight, near_to=_inverse(torch.cat(parts)))
+    return NeighbourJaccardRetrieval(**told, neighbours=count, weight=weight, near_to=_inverse(near_GK))
 
 
 def _inverse(near_GK: Tensor) -> SparseRows:
     """For each entry the rows that name it."""
     row_E = near_GK.flatten()
     order_E = row_E.sort(stable=True).indices
-    return SparseRows(starts(row_E[order_E], len(near_GK)), order_E // near_GK.shape[1], torch.ones(len(row_E)))
+    ones_E = torch.ones(len(row_E), device=row_E.device)
+    return SparseRows(starts(row_E[order_E], len(near_GK)), order_E // near_GK.shape[1], ones_E)

@@ -43,3 +43,11 @@ def transposed(sparse: SparseRows, columns: int) -> SparseRows:
     """Rows by what were the columns."""
     column_E, order_E = sparse.column_E.sort(stable=True)
     return SparseRows(starts(column_E, columns), row_of(sparse)[order_E], sparse.value_E[order_E])
+
+
+def sums(cell_E: Tensor, value_E: Tensor, size: int) -> Tensor:
+    """Adds values up by cell, in an order that is always the same. Shape: (size,)."""
+    zeros = torch.zeros(size, device=value_E.device)
+    if value_E.is_cuda:  # where index_add_ adds as it comes; this one sorts
+        return zeros.index_put_((cell_E,), value_E, accumulate=True)
+    return zeros.index_add_(0, cell_E, value_E)

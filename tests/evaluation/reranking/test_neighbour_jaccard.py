@@ -1,6 +1,7 @@
 """Re-ranking against the formula written out with sets, in both directions; ties, chunks, small galleries, ranks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from reid_dist.errors import UserError
 from reid_dist.evaluation.benchmark import Task, rank_task
+from reid_dist.evaluation.nearest import nearest
 from reid_dist.evaluation.ranking import Retrieval, rank_queries, summarise, top_matches
-from reid_dist.evaluation.reranking.nearest import nearest
 from reid_dist.evaluation.reranking.neighbour_jaccard import NeighbourJaccardRetrieval, neighbour_jaccard
 
 
@@ -128,7 +129,7 @@ def test_what_is_shown_is_what_is_scored() -> None:
 
 def test_neighbours_are_sought_among_what_is_scored_when_features_are_not_normalised() -> None:
     retrieval = make(8, 6)
-    found = neighbour_jaccard(retrieval, 2, 0.05, normalise=False).similarity(normalise=False)
+    found = neighbour_jaccard(replace(retrieval, normalise=False), 2, 0.05).similarity()
     own = retrieval.gallery_GD.double() @ retrieval.gallery_GD.double().T
     cross = retrieval.query_QD.double() @ retrieval.gallery_GD.double().T
     for q in range(8):
