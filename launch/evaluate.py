@@ -5,6 +5,7 @@ python launch/evaluate.py runs/seed0 runs/seed1 runs/seed2 --benchmarks cuhk_ped
 python launch/evaluate.py runs/a runs/b --benchmarks market1501 msmt17                 # also trained on x tested on
 python launch/evaluate.py runs/a/i2i runs/a/t2i --benchmarks cuhk_pedes --select t2i.mAP
 deepspeed --num_accelerators 2 launch/evaluate.py ...   or torchrun --nproc-per-node 2 launch/evaluate.py ...
+srun -K1 python launch/evaluate.py ...   in a SLURM job; docs/evaluation.md says what to export before
 """
 
 import argparse
@@ -70,7 +71,10 @@ def parse_arguments(argv: list[str] | None = None) -> Request:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results for machines")
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="write a page with tables, curves and ranked images; scores again"
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write a page with tables, curves and ranked images, and the results for machines; scores again",
     )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per rank; default: 64")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

@@ -25,6 +25,11 @@ _SUMMARY = {
     "calibrate": "measures below which score a hit is of somebody unknown",
     "serve": "shows a web page to search with",
 }
+_INTERRUPTED = {
+    "index": "; the index is whole, and the same command goes on with what was encoded",
+    "delete": "; the index is whole, and the same command deletes what is left to delete",
+    "calibrate": "; the index is whole, and the same command measures its thresholds anew",
+}
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -51,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; the index is what it was, and the same command goes on", file=sys.stderr)
+        print(f"error: interrupted{_INTERRUPTED.get(arguments.command, '')}", file=sys.stderr)
         return 130
     return 0
 

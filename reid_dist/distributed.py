@@ -6,6 +6,7 @@ back to the rank that owns the row, so the averaged parameter gradient is the gr
 """
 
 import os
+import re
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
@@ -15,17 +16,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reid_dist.errors import DivergenceError
+from reid_dist.errors import DivergenceError, UserError
 
 
 def environment_rank() -> int:
     """Rank of this process as its launcher tells it (0 when started by hand); needs no process group."""
+    _adopt_slurm_step()
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
 def environment_world_size() -> int:
     """Number of processes as the launcher tells it (1 when started by hand); needs no process group."""
+    _adopt_slurm_step()
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _adopt_slurm_step() -> None:
+    """Without `RANK`, a task of an `srun` of several gets from SLURM's variables what other launchers set.
+
+    A script of `sbatch` and a single task stay a world of one, whatever the job has allocated.
+    """
+    step = os.environ
+    if "RANK" in step or "SLURM_PROCID" not in step or int(step.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return
+    step.setdefault("WORLD_SIZE", step["SLURM_STEP_NUM_TASKS"])
+    step.setdefault("LOCAL_RANK", step["SLURM_LOCALID"])
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", step["SLURM_STEP_TASKS_PER_NODE"])  # such as 2(x3),1
+    tasks = [int(count) for count, times in groups for _ in range(int(times or 1))]
+    step.setdefault("LOCAL_WORLD_SIZE", str(tasks[int(step["SLURM_NODEID"])]))
+    step["RANK"] = step["SLURM_PROCID"]
 
 
 def free_port() -> int:
@@ -36,7 +55,18 @@ def free_port() -> int:
 
 
 def set_single_process_environment() -> None:
-    """Fills in what a launcher would have set, so that `python launch/train.py` is a world of one."""
+    """Fills in what a launcher would have set, so that `python launch/train.py` is a world of one.
+
+    Raises:
+        UserError: one task of several of an `srun`, which do not know where to meet.
+    """
+    ranks = environment_world_size()
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and ranks > 1 and "SLURM_PROCID" in os.environ:
+        raise UserError(
+            f"{' and '.join(missing)} not set, where the {ranks} tasks of srun meet; before srun: "
+            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1) MASTER_PORT=29500'
+        )
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -73,6 +103,7 @@ def world_size() -> int:
 
 def local_device() -> torch.device:
     """This process's device: its own GPU where there are any (and DS_ACCELERATOR is not `cpu`), else the CPU."""
+    _adopt_slurm_step()
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")

@@ -27,9 +27,14 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def beside(path: Path, purpose: str) -> Path:
+    """A name beside a file or folder that nobody else picks: what has it is ours to overwrite and to remove."""
+    return path.parent / f".{path.name}.reid_dist-{purpose}"
+
+
 def aside(folder: Path) -> Path:
     """Where `replace_folder` puts the folder that was there; it stays when the program is killed meanwhile."""
-    return folder.with_name(folder.name + ".old")
+    return beside(folder, "old")
 
 
 def replace_folder(partial: Path, folder: Path) -> None:

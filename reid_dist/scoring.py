@@ -12,6 +12,7 @@ from reid_dist.checkpoint import write_json
 from reid_dist.config import RunConfig, StageConfig
 from reid_dist.errors import UserError
 from reid_dist.evaluation.benchmark import evaluate_benchmark
+from reid_dist.evaluation.ranking import METRIC_KEYS
 from reid_dist.evaluation.reranking.choice import NeighbourJaccard
 from reid_dist.inputs import Inputs
 from reid_dist.metrics import say, write_scalars
@@ -19,7 +20,6 @@ from reid_dist.models.dual_encoder import DualEncoder, Task
 
 START = "start"  # the scores of the weights that the first stage gets
 RERANKED = "t2i_reranked"
-METRICS = ("R1", "R5", "R10", "mAP", "mINP")
 Scores = dict[str, dict[str, Any]]
 
 
@@ -45,7 +45,7 @@ def evaluate(
             tokenizer = inputs.tokenizer if task == "t2i" else None
             batch_size, split = stage.evaluation.batch_size, stage.evaluation.split
             pair = evaluate_benchmark(
-                of_task, shards, tokenizer, size, batch_size, device, split, cache, reranking if task == "t2i" else None
+                of_task, shards, tokenizer, size, batch_size, device, split, cache, reranking, wanted=[task]
             )
             if pair[task] is None:
                 raise UserError(
@@ -71,7 +71,7 @@ def record_scores(config: RunConfig, name: str, split: str, scores: Scores, seco
             write_scalars(
                 config.output_dir / "tensorboard",
                 step,
-                {f"evaluation/{task}/{shard_set}/{key}": metrics[key] for key in METRICS},
+                {f"evaluation/{task}/{shard_set}/{key}": metrics[key] for key in METRIC_KEYS},
             )
     if distributed.rank() == 0:
         record = {"name": name, "split": split, "seconds": round(seconds, 1), **scores}

@@ -12,16 +12,18 @@ import numpy.typing as npt
 import torch
 import yaml
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from reid_dist.checkpoint import ARCHITECTURE_FILE, read_export
 from reid_dist.config import ModelConfig
+from reid_dist.data.pictures import read_picture
 from reid_dist.data.tokenizer import OpenClipTokenizer, Tokenizer, WordTokenizer
-from reid_dist.data.transforms import Pixels, decode_image
+from reid_dist.data.transforms import Pixels
 from reid_dist.errors import UserError
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.models.dual_encoder import DualEncoder, Task
-from reid_dist.models.weights import load_weights
+from reid_dist.models.weights import MANIFEST_FILE, load_weights
 
 Picture = str | Path | Image.Image | npt.NDArray[np.uint8]
 
@@ -47,14 +49,14 @@ class TrainedModel:
         if manifest is None:
             raise UserError(f"{folder}: no exported model; name the folder of a run, of a stage, or its export")
         self.folder, self.manifest, self.device = folder, manifest, torch.device(device)
-        config = _model_config(folder, manifest)
+        config, words = _description(folder, manifest)
         self.image_size = config.image_size
         self.encoder = build_dual_encoder(config)
         report = load_weights(self.encoder, str(folder), config.architecture, config.image_size)
         if report.missing or report.unexpected or report.resized:
             raise UserError(f"{folder}: the weights are not those of the model that its manifest describes: {report}")
         self.encoder.to(self.device).eval()
-        self.tokenizer = _tokenizer(self.encoder, config, manifest["words"])
+        self.tokenizer = _tokenizer(self.encoder, config, words)
 
     @property
     def features(self) -> int:
@@ -73,7 +75,8 @@ class TrainedModel:
         Most models have one kind of image features; those with two class tokens (HPL) have two.
 
         Args:
-            images: files, PIL images or RGB arrays of uint8 (height, width, 3); one or many.
+            images: files (upright as their EXIF says), PIL images or RGB arrays of uint8 (height, width, 3); one or
+                many.
             task: what they are compared with.
             batch_size: images encoded at a time.
 
@@ -160,14 +163,31 @@ def find_export(path: Path) -> Path:
     raise UserError(f"{path}: no exported model; name the folder of a run, of a stage, or its export")
 
 
-def _model_config(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
-    """How to build the encoder; what the run read from files elsewhere is in the export."""
-    settings = dict(manifest["model"])
-    if (folder / ARCHITECTURE_FILE).is_file():
-        settings["architecture"] = str(folder / ARCHITECTURE_FILE)
-    if settings.get("word_gru") is not None:
-        settings["word_gru"] = {**settings["word_gru"], "dictionary": folder}
-    return ModelConfig.model_validate(settings)
+def _description(folder: Path, manifest: dict[str, Any]) -> tuple[ModelConfig, list[str] | None]:
+    """How to build the encoder, and the words of its tokenizer.
+
+    What the run read from files elsewhere is in the export.
+
+    Raises:
+        UserError: the manifest says it not, or wrongly.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        settings, words = dict(manifest["model"]), manifest["words"]
+        if (folder / ARCHITECTURE_FILE).is_file():
+            settings["architecture"] = str(folder / ARCHITECTURE_FILE)
+        if settings.get("word_gru") is not None:
+            settings["word_gru"] = {**settings["word_gru"], "dictionary": folder}
+        config = ModelConfig.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in ("model", *first["loc"]))
+        raise UserError(f"{path}: {place}: {first['msg']}; export the run again") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: does not describe a model ({error!r}); export the run again") from None
+    if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise UserError(f"{path}: words: not a list of words; export the run again")
+    return config, words
 
 
 def _tokenizer(encoder: DualEncoder, config: ModelConfig, words: list[str] | None) -> Tokenizer:
@@ -181,15 +201,11 @@ def _pixels(image: Picture, size: tuple[int, int]) -> Pixels:
     """RGB at the size of the model. Shape: (height, width, 3).
 
     Raises:
-        UserError: a file that is no image.
+        UserError: a file that is no image, or above a cap of `data.pictures`.
         ValueError: an array that is none.
     """
     if isinstance(image, (str, Path)):
-        try:
-            data = Path(image).read_bytes()
-        except OSError as error:
-            raise UserError(f"{image}: cannot be read ({error.strerror})") from None
-        return decode_image(data, size, str(image))
+        image = read_picture(Path(image), size)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"an image must be uint8 of shape (height, width, 3), not {image.dtype} {image.shape}")

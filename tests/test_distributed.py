@@ -1,4 +1,9 @@
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +21,7 @@ from reid_dist.distributed import (
     sum_over_ranks,
     world_size,
 )
-from reid_dist.errors import DivergenceError
+from reid_dist.errors import DivergenceError, UserError
 
 
 def _gather() -> torch.Tensor:
@@ -193,15 +198,16 @@ def test_without_a_process_group_the_world_is_one() -> None:
     distributed.barrier()
 
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def test_environment_without_a_launcher_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCHER:
         # Set first, so that monkeypatch takes away again what the function adds.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     assert (distributed.environment_rank(), distributed.environment_world_size()) == (0, 1)
     distributed.set_single_process_environment()
-    import os
-
     assert os.environ["WORLD_SIZE"] == "1" and 0 < int(os.environ["MASTER_PORT"]) < 65536
 
 
@@ -211,7 +217,74 @@ def test_environment_of_a_launcher_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("MASTER_PORT", "1234")
     monkeypatch.setenv("MASTER_ADDR", "node7")
     distributed.set_single_process_environment()
-    import os
-
     assert (distributed.environment_rank(), distributed.environment_world_size()) == (3, 8)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node7", "1234")
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets SLURM's variables as task 3 of 5 on three nodes sees them, and no launcher's; `step(name=value)` changes."""
+
+    def set_variables(**changes: str | None) -> None:
+        seen = {"PROCID": "3", "LOCALID": "1", "NODEID": "1", "NTASKS": "5", "JOB_ID": "7"}
+        seen |= {"STEP_NUM_TASKS": "5", "STEP_TASKS_PER_NODE": "2(x2),1"} | changes
+        for name in LAUNCHER:  # set first, so that monkeypatch takes away again what is added
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        for name, value in seen.items():
+            monkeypatch.setenv(f"SLURM_{name}", value or "")
+            if value is None:
+                monkeypatch.delenv(f"SLURM_{name}")
+
+    return set_variables
+
+
+def test_a_task_of_srun_takes_its_place_from_the_step(step: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    step()
+    assert (distributed.environment_rank(), distributed.environment_world_size()) == (3, 5)
+    assert os.environ["LOCAL_RANK"] == "1" and os.environ["LOCAL_WORLD_SIZE"] == "2"
+    step(PROCID="4", LOCALID="0", NODEID="2")
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    with pytest.raises(UserError, match=r"^MASTER_PORT not set, where the 5 tasks.*\$\(scontrol show hostnames"):
+        distributed.initialize(torch.device("cpu"))
+    assert os.environ["LOCAL_WORLD_SIZE"] == "1"
+
+
+def test_a_script_of_sbatch_a_single_task_and_other_launchers_are_left_alone(
+    step: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = {"PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    batch = {**alone, "STEP_NUM_TASKS": None, "STEP_TASKS_PER_NODE": None}
+    for variables in (batch, {**alone, "STEP_NUM_TASKS": "1", "STEP_TASKS_PER_NODE": "1"}):
+        step(**variables)
+        assert (distributed.environment_rank(), distributed.environment_world_size()) == (0, 1)
+        distributed.set_single_process_environment()
+        assert os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_ADDR"] == "127.0.0.1"
+    step()
+    monkeypatch.setenv("RANK", "1")  # torchrun or deepspeed, started by srun on each node
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert (distributed.environment_rank(), distributed.environment_world_size()) == (1, 6)
+
+
+MEET = """
+import json, os, torch
+from reid_dist import distributed
+distributed.initialize(distributed.local_device(), timeout_s=60)
+print(json.dumps(distributed.all_gather_object([distributed.rank(), os.environ["LOCAL_RANK"]])))
+distributed.shutdown()
+"""
+
+
+def test_processes_with_slurm_variables_alone_meet() -> None:
+    clean = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    clean |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port()), "SLURM_NODEID": "0"}
+    clean |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEET], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True,
+            env=clean | {"SLURM_PROCID": place, "SLURM_LOCALID": place},
+        )
+        for place in "01"
+    ]  # fmt: skip
+    found = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [json.loads(each) for each in found] == [[[0, "0"], [1, "1"]]] * 2

@@ -45,6 +45,14 @@ def test_a_replacement_killed_anywhere_leaves_a_whole_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["folder"] and (folder / "file").read_text() == "new"
 
 
+def test_a_replacement_touches_nothing_of_others_beside_the_folder(tmp_path: Path) -> None:
+    make(tmp_path / "folder.old", "mine")
+    for text in ("first", "second"):
+        replace_folder(make(tmp_path / "partial", text), tmp_path / "folder")
+    assert (tmp_path / "folder.old" / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "folder.old"]
+
+
 def test_results_file_is_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "run" / "results.json"
     write_results(path, {"stages": [{"name": "t2i", "t2i": {"R1": 42.5}, "i2i": None}]})

@@ -3,8 +3,12 @@
 import copy
 import json
 
+import pytest
 import torch
 
+from reid_dist.data.reader import ShardSet
+from reid_dist.data.tokenizer import WordTokenizer
+from reid_dist.errors import UserError
 from reid_dist.evaluation.benchmark import evaluate_benchmark, extract_benchmark, t2i_task
 from reid_dist.evaluation.ranking import rank_queries, summarise
 from reid_dist.evaluation.reranking.neighbour_jaccard import neighbour_jaccard
@@ -32,7 +36,40 @@ def test_each_task_is_scored_with_its_own_image_features(tiny_recipe, tmp_path) 
         assert scores[task][name] == found[0] != found[1], task
 
 
+def test_a_task_without_anything_to_find_does_not_stop_the_other(tmp_path, write_set) -> None:
+    same_camera = [(pid, 0, role, ["red"]) for pid in "ab" for role in ("query", "gallery")]
+    shards, tokenizer = ShardSet(write_set(tmp_path / "set", same_camera)), WordTokenizer(["red"], 4, 5)
+
+    class Colour:
+        def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+            return image.float().mean((2, 3))
+
+        def encode_text(self, token: torch.Tensor) -> torch.Tensor:
+            return torch.ones(len(token), 3)
+
+    pair = evaluate_benchmark(Colour(), shards, tokenizer, (16, 8), wanted=["t2i"])
+    assert pair.keys() == {"t2i"} and pair["t2i"]["queries"] == 4
+    with pytest.raises(UserError, match="none of the 2 queries has a positive"):
+        evaluate_benchmark(Colour(), shards, tokenizer, (16, 8), wanted=["i2i"])
+
+
+def test_a_stage_asks_a_set_for_the_task_that_it_names(tiny_recipe, tmp_path, monkeypatch) -> None:
+    config = tiny_recipe(tmp_path, "evaluation.i2i=[]")
+    inputs, asked = open_inputs(config, 1), []
+
+    def remember(*_: object, wanted: list[str]) -> dict:
+        asked.append(wanted)
+        return {task: {} for task in wanted}
+
+    monkeypatch.setattr("reid_dist.scoring.evaluate_benchmark", remember)
+    encoder = build_encoder(config.model, 0)
+    evaluate(encoder, config.stages[-1], inputs, torch.device("cpu"), config.model.image_size)
+    assert asked == [["t2i"]]
+
+
 def test_re_ranked_scores_stand_beside_the_plain_ones_with_their_parameters(tiny_recipe, tmp_path, capsys) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.rerank\.weight"):
+        tiny_recipe(tmp_path, "evaluation.rerank.weight=1e39")
     parameters = {"neighbours": 3, "weight": 0.5}
     config = tiny_recipe(tmp_path, "evaluation.rerank.neighbours=3", "evaluation.rerank.weight=0.5")
     plain = tiny_recipe(tmp_path)

@@ -114,6 +114,38 @@ def test_an_image_may_be_a_file_a_picture_or_an_array(run: Path, tmp_path: Path)
     assert model.encode_image([]).shape == (0, model.features) == model.encode_text([]).shape
 
 
+def test_a_file_is_read_as_search_reads_it(run: Path, tmp_path: Path) -> None:
+    """Upright as its EXIF says, and of the size that telephones take."""
+    model, exif = load(run), Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    upright = Image.fromarray(np.kron(pictures(1)[0].numpy(), np.ones((40, 40, 1), dtype=np.uint8)))
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    assert torch.equal(model.encode_image(tmp_path / "a.png"), model.encode_image(upright))
+    Image.new("RGB", (3024, 4032), (90, 10, 10)).save(tmp_path / "large.jpg")
+    assert model.encode_image(tmp_path / "large.jpg").shape == (1, model.features)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "does not describe a model"),
+        ({"model": {"image_size": "x"}}, r"model\.\w+"),
+        ({"words": "absent"}, r"does not describe a model \(KeyError\('words'\)\)"),
+        ({"words": 5}, "words: not a list of words"),
+        ({"model": "absent"}, r"does not describe a model \(KeyError\('model'\)\)"),
+    ],
+)
+def test_a_manifest_that_describes_no_model_is_told(
+    change: dict[str, Any], message: str, run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "export"
+    shutil.copytree(run / "t2i" / "export", copy)
+    manifest = {**json.loads((copy / "manifest.json").read_text()), **change}
+    (copy / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v != "absent"}))
+    with pytest.raises(UserError, match=rf"manifest\.json: {message}.*; export the run again"):
+        load(copy)
+
+
 def test_batches_change_nothing_and_long_sentences_are_cut(run: Path) -> None:
     model = load(run)
     images = [each.numpy() for each in pictures(5)]

@@ -9,7 +9,7 @@ from reid_dist.config.data import DataConfig
 from reid_dist.config.engine import EngineConfig, OptimizerConfig
 from reid_dist.config.losses import ContrastiveLoss, I2ILoss, IdentityPromptLoss, PretrainLoss, TextLoss
 from reid_dist.config.model import ModelConfig
-from reid_dist.config.section import NotNegative, Section
+from reid_dist.config.section import Section
 
 StageKind = Literal["pretrain", "prompt", "identity_prompt", "i2i", "t2i"]
 
@@ -18,7 +18,7 @@ class RerankConfig(Section):
     """TextReID's re-ranking: shared nearest neighbours add to the similarity (methods.md 3.7)."""
 
     neighbours: int = Field(5, gt=0)
-    weight: NotNegative = 0.05
+    weight: float = Field(0.05, ge=0, le=1000)
 
 
 class EvaluationConfig(Section):

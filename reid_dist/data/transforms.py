@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import PIL
-from PIL import Image, features
+from PIL import Image, UnidentifiedImageError, features
 
 from reid_dist.data.image_ops import adjust_colour, random_operation, resized_crop
 from reid_dist.data.sample import MAX_IMAGE_BYTES, MAX_PIXELS
@@ -126,8 +126,10 @@ def _decode_pillow(data: bytes, size: tuple[int, int], name: str) -> Image.Image
             image.draft("RGB", (width, height))
             image = image.convert("RGB")
     except Exception as error:  # a damaged file makes Pillow raise OSError, but also SyntaxError, struct.error, ...
+        # What Pillow says of a foreign format is only where in memory the bytes are.
+        reason = "not JPEG, PNG or WebP" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(
-            f"{name}: the image does not decode ({error}); replace or remove it and write the shards again"
+            f"{name}: the image does not decode ({reason}); replace or remove it and write the shards again"
         ) from None
     _check_pixels(pixels, name)
     if image.size != (width, height):

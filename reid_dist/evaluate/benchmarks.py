@@ -1,12 +1,18 @@
-"""Which sets a person asks for, and which tasks they allow; all that an index can tell is told before any encoding."""
+"""Which sets a person asks for, and which tasks they allow; all that an index can tell is told before any encoding.
+
+Shape suffixes: E pairs of a query and a gallery entry of its identity.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from reid_dist.config import DataConfig
 from reid_dist.data.reader import Rows, ShardSet
@@ -14,6 +20,7 @@ from reid_dist.data.remote import is_remote
 from reid_dist.data.sample import MANIFEST_NAME
 from reid_dist.errors import UserError
 from reid_dist.evaluation.benchmark import TASKS, TaskKind, require_rows
+from reid_dist.evaluation.counting import SameIdentity
 
 _NEEDS = {
     "t2i": "captions of its query or gallery images",
@@ -91,13 +98,21 @@ def choose_tasks(sets: dict[str, ShardSet], split: str, wanted: Sequence[TaskKin
 
 def _location(given: str, root: str) -> str:
     below = DataConfig(root=root).location(given)
-    if is_remote(below) or Path(below).is_dir():
-        return below
-    if Path(given).is_dir():
-        return given
-    known = sorted(path.parent.name for path in Path(root).glob(f"*/{MANIFEST_NAME}"))
+    for place in (below, given):
+        # Of a name that no file can have, os.path says that it is not there.
+        if given and (is_remote(place) or os.path.isfile(os.path.join(place, MANIFEST_NAME))):
+            return place
+    known = [name for name in _names(root) if os.path.isfile(os.path.join(root, name, MANIFEST_NAME))]
     there = f"sets in {root}: {', '.join(known)}" if known else f"{root} holds no shard sets; name their folder: --data"
-    raise UserError(f"--benchmarks {given}: no such shard set; {there}")
+    incomplete = f", as {below} has no {MANIFEST_NAME}" if os.path.basename(below) and os.path.isdir(below) else ""
+    raise UserError(f"--benchmarks {given or repr(given)}: no such shard set{incomplete}; {there}")
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def _role(shards: ShardSet, rows: Rows, *names: str) -> Rows:
@@ -105,36 +120,54 @@ def _role(shards: ShardSet, rows: Rows, *names: str) -> Rows:
 
 
 def _possible_tasks(shards: ShardSet, rows: Rows) -> set[TaskKind]:
-    asking, sought = _role(shards, rows, "query"), _role(shards, rows, "gallery", "distractor")
-    described = _role(shards, rows, "query", "gallery")
     possible: set[TaskKind] = set()
-    if shards.index["captions"][described].any():
+    if len(_described(shards, rows)):
         possible |= {"t2i", "i2t"}
-    if len(asking) and len(sought):
+    if len(_role(shards, rows, "query")) and len(_gallery(shards, rows, "i2i")):
         possible.add("i2i")
     return possible
 
 
-def _require_choice(name: str, split: str, shards: ShardSet, rows: Rows, tasks: Iterable[TaskKind]) -> None:
-    """Refuses a set whose every answer would be right, and image queries that no answer could be right for."""
-    if len(np.unique(shards.index["pid"][rows])) == 1:
-        shown = "one image" if len(rows) == 1 else f"{len(rows)} images of one identity"
-        raise UserError(f"{name}: split {split} is {shown}: any answer would be right; choose another split or set")
-    if "i2i" in tasks and not _can_be_found(shards, rows):
-        rest = " ".join(task for task in tasks if task != "i2i")
+def _require_choice(name: str, split: str, shards: ShardSet, rows: Rows, tasks: Sequence[TaskKind]) -> None:
+    """Refuses a task whose every answer would be right, and one whose queries no answer could be right for."""
+    found = {task: _lacks_choice(shards, rows, task) for task in tasks}
+    problems = [f"{task} {problem}" for task, problem in found.items() if problem]
+    if problems:
+        rest = " ".join(task for task, problem in found.items() if not problem)
         remedy = f"--tasks {rest} scores the rest" if rest else "choose another split or set"
-        raise UserError(
-            f"{name}: in split {split} no identity is asked for by one camera and seen by another, so that i2i has "
-            f"nothing to find; {remedy}"
-        )
+        raise UserError(f"{name}: split {split}: {'; '.join(problems)}; {remedy}")
 
 
-def _can_be_found(shards: ShardSet, rows: Rows) -> bool:
-    """Whether the camera rule leaves any image query something to find; an unknown camera, -1, removes nothing."""
-    cameras_of: dict[int, set[int]] = {}
-    sought = shards.index[_role(shards, rows, "gallery", "distractor")]
-    for pid, camera in zip(sought["pid"].tolist(), sought["camid"].tolist(), strict=True):
-        cameras_of.setdefault(pid, set()).add(camera)
-    asking = shards.index[_role(shards, rows, "query")]
-    queries = zip(asking["pid"].tolist(), asking["camid"].tolist(), strict=True)
-    return any(cameras_of.get(pid, set()) - ({camera} if camera >= 0 else set()) for pid, camera in queries)
+def _lacks_choice(shards: ShardSet, rows: Rows, task: TaskKind) -> str:
+    gallery = _gallery(shards, rows, task)
+    if len(np.unique(shards.index["pid"][gallery])) == 1:
+        return "has a gallery of one identity, so that any answer would be right"
+    if task == "i2i" and not _can_be_found(shards, _role(shards, rows, "query"), gallery):
+        return "has nothing to find, as no identity is asked for by one camera and seen by another"
+    return ""
+
+
+def _gallery(shards: ShardSet, rows: Rows, task: TaskKind) -> Rows:
+    """Rows of the images, or of the images of the captions, that answer a task; see `evaluation.benchmark`."""
+    if task == "t2i":
+        return rows
+    if task == "i2i":
+        return _role(shards, rows, "gallery", "distractor")
+    return _described(shards, rows)
+
+
+def _described(shards: ShardSet, rows: Rows) -> Rows:
+    """Rows of the images whose captions are asked or found."""
+    asked = _role(shards, rows, "query", "gallery")
+    return asked[shards.index["captions"][asked] > 0]
+
+
+def _can_be_found(shards: ShardSet, asking: Rows, gallery: Rows) -> bool:
+    """Whether the camera rule leaves any image query something to find."""
+
+    def labels(rows: Rows) -> tuple[Tensor, Tensor]:
+        pid, camid = (torch.from_numpy(shards.index[key][rows].astype(np.int64)) for key in ("pid", "camid"))
+        return pid, camid
+
+    _, _, kept_E = SameIdentity(*labels(gallery)).pairs(*labels(asking))
+    return bool(kept_E.any())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def open_candidates(runs: Sequence[Path], root: str | None = None) -> list[Candi
 
 
 def _export(path: Path) -> Path:
-    if not path.is_dir():
+    if not os.path.isdir(path):  # also of a name that no folder can have
         raise UserError(f"{path}: no such folder; name the folder of a run, of a stage, or its export")
     return find_export(path)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,16 +20,24 @@ from reid_dist.evaluate.candidates import Candidate, open_candidates
 from reid_dist.evaluate.results import as_json
 from reid_dist.evaluate.scoring import Scores, Settings, score_candidate
 from reid_dist.evaluate.selection import Criterion, Selection, parse_criterion, select, validation_benchmarks
-from reid_dist.evaluate.tables import as_text, matrix_tables, score_tables, seed_means, seed_table, selection_table
+from reid_dist.evaluate.tables import (
+    matrix_tables,
+    score_tables,
+    seed_means,
+    seed_notes,
+    seed_table,
+    selection_table,
+)
 from reid_dist.evaluation.benchmark import TaskKind
 from reid_dist.evaluation.reranking.choice import Reranking, parse_reranking
 from reid_dist.files import write_results
 from reid_dist.metrics import say
-from reid_dist.report.document import Table
-from reid_dist.report.page import require_page, write_page
+from reid_dist.report.document import as_text
+from reid_dist.report.page import RESULTS_NAME, Page, require_page
 from reid_dist.revision import commit
 
 DATA_ROOT = "data/shards"
+PATIENCE_S = 2 * 3600.0  # of the other ranks, while rank 0 draws a section of a report
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Request:
         again: score what is recorded too.
         batch_size: images encoded at a time on each rank.
         json: file for the results.
-        report: folder for the report.
+        report: folder for the report; it shows rankings, so that everything is scored again.
     """
 
     runs: Sequence[Path]
@@ -85,18 +95,19 @@ def evaluate(request: Request) -> Scores:
     began = time.perf_counter()
     checked = _check(request)
     device = prepare_environment()
-    distributed.initialize(device)
-    settings = Settings(checked.rerankings, request.batch_size, device, request.again, request.report is not None)
-    selection, scores = None, Scores(notes=checked.notes)
-    chosen = checked.candidates
+    distributed.initialize(device, **({} if request.report is None else {"timeout_s": PATIENCE_S}))
+    settings = Settings(checked.rerankings, request.batch_size, device, request.again)
+    selection, chosen = None, checked.candidates
     if checked.criterion is not None:
         selection = _select(checked, checked.criterion, settings)
         chosen = [each for each in chosen if each.name == selection.chosen]
-    for candidate in chosen:
-        scores.add(score_candidate(candidate, checked.benchmarks, settings))
-    if distributed.rank() == 0:
-        # No barrier behind it: a report may take longer than ranks wait for one another, and nothing follows.
-        _tell(request, checked, scores, selection, began)
+    page = None if request.report is None or distributed.rank() != 0 else Page(request.report)
+    settings = replace(settings, again=request.again or request.report is not None)
+    with page or nullcontext():
+        scores = _score(chosen, checked.benchmarks, settings, page)
+        scores.notes = [*checked.notes, *scores.notes]
+        if distributed.rank() == 0:  # no barrier behind it: nothing follows that the others could wait for
+            _tell(request, checked, scores, selection, began, page)
     return scores
 
 
@@ -127,14 +138,28 @@ def _check_selection(text: str, request: Request) -> Criterion:
 
 def _check_places(request: Request) -> None:
     """Refuses, before hours of scoring, a place where nothing can be written."""
-    if request.json is not None and request.json.is_dir():
+    if request.json is not None and os.path.isdir(request.json):
         raise UserError(f"--json {request.json}: is a folder; name a file")
     for option, path in (("--json", request.json), ("--report", request.report)):
-        parent = None if path is None else next(folder for folder in path.absolute().parents if folder.exists())
-        if parent is not None and not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-            raise UserError(f"{option} {path}: nothing can be written in {parent}; name another place")
+        if path is not None:
+            _check_place(option, path)
     if request.report is not None:
         require_page(request.report)
+        json, report = request.json and request.json.resolve(), request.report.resolve()
+        if json is not None and report in (json, *json.parents) and json != report / RESULTS_NAME:
+            raise UserError(f"--json {request.json}: is in the report, which has its own {RESULTS_NAME}; leave it out")
+
+
+def _check_place(option: str, path: Path) -> None:
+    folder, name = os.path.split(path.absolute())
+    try:
+        os.stat(os.path.join(folder, f".{name}.partial-{2**22}"))  # longer than all that it is called meanwhile
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{option} {path}: the name is too long; name another place") from None
+    parent = next((folder for folder in path.absolute().parents if os.path.exists(folder)), path)
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise UserError(f"{option} {path}: nothing can be written in {parent}; name another place")
 
 
 def _overlap_notes(candidates: Sequence[Candidate], benchmarks: Sequence[Benchmark], allowed: bool) -> list[str]:
@@ -159,38 +184,53 @@ def _overlap_notes(candidates: Sequence[Candidate], benchmarks: Sequence[Benchma
     return notes
 
 
+def _score(
+    candidates: Sequence[Candidate], benchmarks: Sequence[Benchmark], settings: Settings, page: Page | None = None
+) -> Scores:
+    """Rows of all, and on the page what they are made of; one benchmark of one model is in memory at a time."""
+    scores = Scores()
+    for candidate in candidates:
+        for section in score_candidate(candidate, benchmarks, settings, scores):
+            if page is not None:
+                page.add(section)
+            del section  # before the next one is made
+    return scores
+
+
 def _select(checked: _Checked, criterion: Criterion, settings: Settings) -> Selection:
-    plain = Settings([], settings.batch_size, settings.device, settings.again)
-    rows = [row for each in checked.candidates for row in score_candidate(each, checked.validation, plain).rows]
-    selection = select(rows, criterion)
+    plain = replace(settings, rerankings=[])
+    selection = select(_score(checked.candidates, checked.validation, plain).rows, criterion)
     say("\n" + as_text(selection_table(selection)) + "\n")
     return selection
 
 
-def _tell(request: Request, checked: _Checked, scores: Scores, selection: Selection | None, began: float) -> None:
+def _tell(
+    request: Request, checked: _Checked, scores: Scores, selection: Selection | None, began: float, page: Page | None
+) -> None:
     """Tables for people, and the files that were asked for."""
-    means = seed_means(checked.candidates, scores.rows) if selection is None else []
-    more = [*seed_table(means), *matrix_tables(checked.candidates, checked.benchmarks, scores.rows)]
-    for table in (*score_tables(scores.rows), *more):
+    means = []
+    if selection is None:
+        means = seed_means(checked.candidates, scores.rows)
+        scores.notes += seed_notes(checked.candidates)
+    tables = [*score_tables(scores.rows), *seed_table(means)]
+    tables += matrix_tables(checked.candidates, checked.benchmarks, scores.rows)
+    for table in tables:
         say("\n" + as_text(table))
     for note in scores.notes:
         say(f"note: {note}")
-    if request.report is not None:
-        _write_report(request.report, checked, scores, selection, more)
+    seconds = time.perf_counter() - began
+    results = as_json(checked.candidates, checked.benchmarks, scores.rows, means, selection, scores.notes, seconds)
+    if page is not None:
+        chosen = [] if selection is None else [selection_table(selection)]
+        names = ", ".join(dict.fromkeys(row.benchmark for row in scores.rows))
+        page.finish(f"Evaluation on {names}", [*chosen, *tables], _about(checked, scores), results)
         say(f"written: {request.report}")
     if request.json is not None:
-        seconds = time.perf_counter() - began
-        results = as_json(checked.candidates, checked.benchmarks, scores.rows, means, selection, scores.notes, seconds)
         write_results(request.json, results)
         say(f"written: {request.json}")
 
 
-def _write_report(
-    folder: Path, checked: _Checked, scores: Scores, selection: Selection | None, tables: Sequence[Table]
-) -> None:
-    chosen = [] if selection is None else [selection_table(selection)]
+def _about(checked: _Checked, scores: Scores) -> dict[str, str]:
     about = {f"weights of {each.name}": each.manifest["sha256"] for each in checked.candidates}
     about |= {"commit": commit() or "unknown", "command": " ".join(sys.argv)}
-    about |= {f"note {number}": note for number, note in enumerate(scores.notes, start=1)}
-    names = ", ".join(dict.fromkeys(row.benchmark for row in scores.rows))
-    write_page(folder, f"Evaluation on {names}", scores.sections, [*chosen, *tables], about)
+    return about | {f"note {number}": note for number, note in enumerate(scores.notes, start=1)}

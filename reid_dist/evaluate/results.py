@@ -10,9 +10,10 @@ from reid_dist.evaluate.benchmarks import Benchmark
 from reid_dist.evaluate.candidates import Candidate
 from reid_dist.evaluate.records import PROTOCOL, Row
 from reid_dist.evaluate.selection import Selection
-from reid_dist.evaluate.tables import PROTOCOL_NOTE, SeedMean
+from reid_dist.evaluate.tables import SeedMean
 from reid_dist.evaluation.ranking import METRIC_KEYS
 from reid_dist.evaluation.reranking.choice import describe_reranking
+from reid_dist.report.table import PROTOCOL_NOTE
 from reid_dist.revision import commit
 
 FORMAT_VERSION = 1

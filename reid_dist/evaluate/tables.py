@@ -15,13 +15,9 @@ from reid_dist.evaluation.benchmark import TaskKind
 from reid_dist.evaluation.ranking import METRIC_KEYS
 from reid_dist.evaluation.reranking.choice import Reranking
 from reid_dist.report.document import Table
+from reid_dist.report.table import PROTOCOL_NOTE
 
-PROTOCOL_NOTE = (
-    "In percent. Cosine in fp32, all positives of an identity, rectangular AP, ties pessimistic. i2i drops gallery "
-    "images of the query's identity and camera; t2i and i2t know no cameras. Queries without a positive are skipped."
-)
 _HEAD = ("model", "benchmark", "task", "ranked by")
-_TEXT_COLUMNS = (*_HEAD, "models", "trained on")
 
 
 @dataclass(frozen=True)
@@ -43,20 +39,6 @@ class SeedMean:
     std: dict[str, float]
 
 
-def as_text(table: Table) -> str:
-    """A Markdown table for terminals and logs, its columns aligned; title above and note below."""
-    width = [max(len(line[c]) for line in (table.head, *table.rows)) for c in range(len(table.head))]
-    is_text = [name in _TEXT_COLUMNS for name in table.head]
-
-    def line(cells: Sequence[str]) -> str:
-        shown = [x.ljust(w) if left else x.rjust(w) for x, w, left in zip(cells, width, is_text, strict=True)]
-        return "| " + " | ".join(shown) + " |"
-
-    dashes = ["-" * (w + 2) if left else "-" * (w + 1) + ":" for w, left in zip(width, is_text, strict=True)]
-    parts = [table.title, "", line(table.head), f"|{'|'.join(dashes)}|", *map(line, table.rows), table.note]
-    return "\n".join(parts).strip("\n")
-
-
 def score_tables(rows: Sequence[Row]) -> list[Table]:
     """The plain scores, and apart from them those of re-rankings."""
     plain = [row for row in rows if row.reranking is None]
@@ -74,25 +56,43 @@ def _scores(title: str, rows: Sequence[Row], note: str) -> list[Table]:
         metrics = row.metrics
         counts = [f"{metrics['queries']:.0f}", f"{metrics['skipped']:.0f}", str(row.gallery), f"{metrics['tied']:.1f}"]
         cells.append([row.model, *_names(row), *(f"{metrics[key]:.1f}" for key in METRIC_KEYS), *counts])
-    return [Table(head, cells, title, note)]
+    return [Table(head, cells, title, note, texts=len(_HEAD))]
 
 
 def _names(row: Row) -> list[str]:
     return [f"{row.benchmark} ({row.split})", row.task, row.ranked_by]
 
 
-def seed_means(candidates: Sequence[Candidate], rows: Sequence[Row]) -> list[SeedMean]:
-    """Means over models that differ in their seed alone, two at least."""
+def _families(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Models that differ in nothing but their seed, two at least."""
     families: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         if candidate.family is not None:
             families.setdefault(candidate.family, []).append(candidate)
+    return [family for family in families.values() if len(family) > 1]
+
+
+def _seeds(family: Sequence[Candidate]) -> list[int]:
+    return [candidate.seed for candidate in family if candidate.seed is not None]
+
+
+def seed_notes(candidates: Sequence[Candidate]) -> list[str]:
+    """One line for each family that has no mean, because some of its models do not even differ in their seed."""
+    return [
+        f"{', '.join(candidate.name for candidate in family)}: differ in their seeds alone, but of equal seeds "
+        f"({', '.join(map(str, _seeds(family)))}) there is no mean; leave out one of each two"
+        for family in _families(candidates)
+        if len(set(_seeds(family))) < len(family)
+    ]
+
+
+def seed_means(candidates: Sequence[Candidate], rows: Sequence[Row]) -> list[SeedMean]:
+    """Means over models that differ in their seed alone, two at least; why there are none: `seed_notes`."""
     found = []
-    for family in families.values():
-        seeds = [candidate.seed for candidate in family if candidate.seed is not None]
-        if len(set(seeds)) < 2 or len(set(seeds)) < len(family):
+    for family in _families(candidates):
+        seeds, names = _seeds(family), [candidate.name for candidate in family]
+        if len(set(seeds)) < len(family):
             continue
-        names = [candidate.name for candidate in family]
         for first in (row for row in rows if row.model == names[0]):
             alike = [row for row in rows if row.model in names and _question(row) == _question(first)]
             values = {key: [row.metrics[key] for row in alike] for key in METRIC_KEYS}
@@ -117,7 +117,7 @@ def seed_table(means: Sequence[SeedMean]) -> list[Table]:
         for each in means
     ]
     note = "Mean ± sample standard deviation (n - 1) over models that differ in their seed alone."
-    return [Table(head, cells, "Over seeds", note)] if cells else []
+    return [Table(head, cells, "Over seeds", note, texts=len(_HEAD))] if cells else []
 
 
 def matrix_tables(candidates: Sequence[Candidate], benchmarks: Sequence[Benchmark], rows: Sequence[Row]) -> list[Table]:
@@ -151,15 +151,15 @@ def _matrix(
         for model in models
     ]
     note = "R1 / mAP in percent, plain cosine. *: the model was trained on the training split of this very set."
-    return Table(head, cells, f"Trained on x tested on: {task}", note)
+    return Table(head, cells, f"Trained on x tested on: {task}", note, texts=2)
 
 
 def selection_table(selection: Selection) -> Table:
     """What each model scored on val, and which one was chosen."""
     label = selection.criterion.label
     cells = [
-        [model, f"{value:.2f}", "chosen" if model == selection.chosen else ""]
+        [model, "chosen" if model == selection.chosen else "", f"{value:.2f}"]
         for model, value in selection.values.items()
     ]
     note = f"Mean over {', '.join(selection.benchmarks)}. Only the chosen model is scored further."
-    return Table(["model", f"{label} on val", ""], cells, "Selection", note)
+    return Table(["model", "", f"{label} on val"], cells, "Selection", note, texts=2)

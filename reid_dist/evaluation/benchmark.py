@@ -7,7 +7,7 @@ Shape suffixes: N images, M captions, D feature, Q queries, G gallery entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -164,24 +164,6 @@ def score_task(task: Task, reranking: Reranking | None = None) -> TaskResult:
     return TaskResult(task.kind, reranking, task, ranks, summarise(ranks))
 
 
-def score(features: Features, reranking: Reranking | None = None) -> Pair:
-    """Metrics of both tasks, None for a task that the features do not allow.
-
-    Args:
-        features: of a benchmark.
-        reranking: also give the metrics of "t2i_reranked"; its parameters are for the caller to tell.
-
-    Raises:
-        UserError: none of the queries of a task has a positive.
-    """
-    tasks = {"t2i": t2i_task(features), "i2i": i2i_task(features)}
-    scores: Pair = {kind: None if task is None else score_task(task).metrics for kind, task in tasks.items()}
-    captions = tasks["t2i"]
-    if reranking is not None and captions is not None:
-        scores["t2i_reranked"] = score_task(captions, reranking).metrics
-    return scores
-
-
 def extract_benchmark(
     encoder: Encoder,
     shards: ShardSet,
@@ -206,17 +188,25 @@ def evaluate_benchmark(
     split: str = "test",
     cache: ImageCache | None = None,
     reranking: Reranking | None = None,
+    wanted: Sequence[TaskKind] = ("t2i", "i2i"),
 ) -> Pair:
     """Scores one shard set on what its roles allow. A collective with the same result on every rank.
 
     Returns:
-        {"t2i": metrics or None, "i2i": metrics or None}: T2I for a set with captions (and a tokenizer), I2I
-        for a set with the roles query and gallery. With `reranking` also "t2i_reranked" where there is T2I.
+        {"t2i": metrics or None, "i2i": metrics or None} of the wanted tasks: T2I for a set with captions (and a
+        tokenizer), I2I for a set with the roles query and gallery. With `reranking`, whose parameters are for the
+        caller to tell, also "t2i_reranked" where there is T2I.
 
     Raises:
-        UserError: see `extract`; or no query has a positive.
+        UserError: see `extract`; or no query of a wanted task has a positive.
     """
-    return score(extract_benchmark(encoder, shards, tokenizer, size, batch_size, device, split, cache), reranking)
+    features = extract_benchmark(encoder, shards, tokenizer, size, batch_size, device, split, cache)
+    tasks = {kind: TASKS[kind](features) for kind in wanted}
+    scores: Pair = {kind: None if task is None else score_task(task).metrics for kind, task in tasks.items()}
+    captions = tasks.get("t2i")
+    if reranking is not None and captions is not None:
+        scores["t2i_reranked"] = score_task(captions, reranking).metrics
+    return scores
 
 
 def load_images(shards: ShardSet, rows: Rows, size: tuple[int, int], cache: ImageCache | None = None) -> ImageSet:

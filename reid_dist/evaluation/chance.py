@@ -1,4 +1,7 @@
-"""What a random order of the gallery is expected to score, in closed form."""
+"""What a random order of the gallery is expected to score, in closed form.
+
+Shape suffixes: Q queries, G gallery entries, E pairs of a query and a gallery entry of its identity, N ranks.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reid_dist.errors import UserError
+from reid_dist.evaluation.counting import SameIdentity
 from reid_dist.evaluation.ranking import Metrics
 
 
@@ -27,21 +31,15 @@ def chance_metrics(
     Raises:
         UserError: no query has a positive.
     """
-    cases: Counter[tuple[int, int]] = Counter()
-    all_pid, total_of = gallery_pid_G.cpu().tolist(), Counter(gallery_pid_G.tolist())
-    queries = query_pid_Q.tolist()
-    if query_camid_Q is None or gallery_camid_G is None:
-        cases.update((len(all_pid), total_of[pid]) for pid in queries)
-    else:
-        seen = Counter(zip(all_pid, gallery_camid_G.tolist(), strict=True))
-        for pid, camid in zip(queries, query_camid_Q.tolist(), strict=True):
-            removed = seen[(pid, camid)] if camid >= 0 else 0
-            cases[(len(all_pid) - removed, total_of[pid] - removed)] += 1
+    queries = len(query_pid_Q)
+    query_E, _, kept_E = SameIdentity(gallery_pid_G, gallery_camid_G).pairs(query_pid_Q, query_camid_Q)
+    positives_Q, removed_Q = (torch.bincount(query_E[part], minlength=queries) for part in (kept_E, ~kept_E))
+    cases = Counter(zip((len(gallery_pid_G) - removed_Q).tolist(), positives_Q.tolist(), strict=True))
     skipped = sum(count for (_, r), count in cases.items() if r == 0)
     valid = {case: count for case, count in cases.items() if case[1] > 0}
     queries_left = sum(valid.values())
     if queries_left == 0:
-        raise UserError(f"baselines: none of the {len(queries)} queries has a positive in the gallery")
+        raise UserError(f"baselines: none of the {queries} queries has a positive in the gallery")
     expected = {case: _chance_of(*case) for case in valid}
     metrics = {
         key: 100.0 * math.fsum(expected[case][key] * count for case, count in valid.items()) / queries_left

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -94,22 +94,23 @@ def _raise_together(problem: Exception | None, width: int) -> int:
     return max(int(found) for _, found in states)
 
 
-def _gather_blocks(
-    blocks: Iterable[tuple[Rows, Tensor]],
-    count: int,
-    encode: Callable[[Tensor], Tensor],
-    device: torch.device,
-) -> Tensor:
-    """Encodes this rank's blocks and puts those of all ranks in place.
+class _Encoded(NamedTuple):
+    """What this rank encoded: positions and features of its blocks."""
+
+    positions: list[Tensor]
+    features: list[Tensor]
+    width: int  # D, on a rank without a block too
+
+
+def _encode_blocks(
+    blocks: Iterable[tuple[Rows, Tensor]], encode: Callable[[Tensor], Tensor], device: torch.device
+) -> _Encoded:
+    """Encodes this rank's blocks.
 
     Args:
         blocks: positions [B] and encoder input of each block.
-        count: positions of all ranks together.
         encode: input to features.
         device: where to compute.
-
-    Returns:
-        fp32 L2-normalised [count, D].
     """
     positions, parts, problem = [], [], None
     try:
@@ -119,14 +120,29 @@ def _gather_blocks(
             parts.append(nn.functional.normalize(feature_BD, dim=1))
     except Exception as error:
         problem = error
-    width = _raise_together(problem, parts[0].shape[1] if parts else 0)
-    own_ND = torch.cat(parts) if parts else torch.zeros(0, width, device=device)
-    own_N = torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64)
-    place_N = torch.cat(all_gather_ragged(own_N.to(device)))
-    if not torch.equal(place_N.sort().values, torch.arange(count, device=device)):
+    return _Encoded(positions, parts, _raise_together(problem, parts[0].shape[1] if parts else 0))
+
+
+def _gathered(own: _Encoded, count: int, device: torch.device) -> Tensor:
+    """Puts the blocks of all ranks in place; in memory they stand at most twice, and the other ranks' once more.
+
+    Args:
+        own: emptied.
+        count: positions of all ranks together.
+        device: of the result.
+
+    Returns:
+        fp32 L2-normalised [count, D].
+    """
+    own_N = torch.cat([torch.zeros(0, dtype=torch.int64), *own.positions])
+    places = all_gather_ragged(own_N.to(device))
+    if not torch.equal(torch.cat(places).sort().values, torch.arange(count, device=device)):
         raise RuntimeError("evaluation: the blocks of the ranks do not cover every sample exactly once")
-    out_ND = torch.empty(count, width, device=device)
-    out_ND[place_N] = torch.cat(all_gather_ragged(own_ND))
+    own_ND = torch.cat([torch.zeros(0, own.width, device=device), *own.features])
+    own.features.clear()
+    out_ND = torch.empty(count, own.width, device=device)
+    for place_N, part_ND in zip(places, all_gather_ragged(own_ND), strict=True):
+        out_ND[place_N] = part_ND
     return out_ND
 
 
@@ -174,16 +190,16 @@ def extract(
     )
     blocks = -(-len(rows) // (batch_size * world_size()))
     captions, owner_M = caption_table(shards, rows) if tokenizer is not None else ([], np.zeros(0, np.int64))
-    text_MD = None
+    texts = None
     with evaluating(encoder):
-        shown = _progress(images, blocks, shards.name)
-        image_ND = _gather_blocks(shown, len(rows), encoder.encode_image, device)
+        encoded = _encode_blocks(_progress(images, blocks, shards.name), encoder.encode_image, device)
         if tokenizer is not None and captions:
             length = CAPTIONS_PER_IMAGE_BLOCK * batch_size
-            texts = caption_batches(captions, tokenizer, length, rank(), world_size())
-            text_MD = _gather_blocks(texts, len(captions), encoder.encode_text, device)
-    image_ND = image_ND.clone()  # outside inference mode: ordinary tensors again
-    text_MD = None if text_MD is None else text_MD.clone()
+            batches = caption_batches(captions, tokenizer, length, rank(), world_size())
+            texts = _encode_blocks(batches, encoder.encode_text, device)
+    # Outside inference mode, whose tensors are no ordinary ones.
+    image_ND = _gathered(encoded, len(rows), device)
+    text_MD = None if texts is None else _gathered(texts, len(captions), device)
     _check_finite(image_ND, lambda i: shards.describe(int(rows[i])))
     if text_MD is not None:
         _check_finite(text_MD, lambda i: f'{shards.shown}, caption "{captions[i][:60]}"')

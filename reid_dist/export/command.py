@@ -1,6 +1,7 @@
 """The command line of exports."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from reid_dist.errors import UserError
 from reid_dist.export.card import CARD_FILE, earlier_card, model_card
-from reid_dist.export.folder import check_target, new_folder
+from reid_dist.export.folder import new_folder
 from reid_dist.export.onnx_files import write_onnx
 from reid_dist.export.open_clip_folder import write_open_clip
 from reid_dist.export.provenance import find_provenance
@@ -38,7 +39,7 @@ def export(run: Path, form: str, out: Path, opset: int | None = None) -> None:
     Args:
         run: folder of a run (its last finished stage counts), of one of its stages, or an export.
         form: one of `FORMATS`.
-        out: a new folder, an empty one, or an earlier export, which is replaced.
+        out: a new folder, an empty one, or an earlier export, which is replaced but for the scores in it.
         opset: of ONNX; None: the one that torch prefers.
 
     Raises:
@@ -47,19 +48,23 @@ def export(run: Path, form: str, out: Path, opset: int | None = None) -> None:
     """
     if opset is not None and form != "onnx":
         raise UserError(f"--opset {opset}: only --format onnx has operators; leave it out")
-    model = load(run, "cpu")
-    check_target(out, model.folder)
+    model, here = load(run, "cpu"), Path.cwd()
+    out = Path(os.path.realpath(out))  # a link stays one, and `.` has a name
     _require_finite(model)
     provenance = find_provenance(model.folder, model.digest)
     earlier = earlier_card(model.folder)
     description: dict[str, Any] = {"format": form, "sha256": model.digest, "stage": model.manifest.get("stage")}
-    with new_folder(out, description) as folder:
+    with new_folder(out, model.folder, description) as folder:
         description.update(_write(model, form, folder, opset))
         (folder / CARD_FILE).write_text(model_card(model, provenance, form, earlier), encoding="utf-8")
     for problem in [] if earlier else provenance.problems:
         print(f"note: {problem}")
-    written = ", ".join(f"{file.name} {file.stat().st_size / 1e6:.3g} MB" for file in sorted(out.iterdir()))
+    written = ", ".join(
+        f"{file.name} {file.stat().st_size / 1e6:.3g} MB" for file in sorted(out.iterdir()) if file.is_file()
+    )
     print(f"{model.folder} -> {out}: {written}")
+    if out == here:
+        print("note: the folder that you are in was replaced; enter it again: cd .")
     if "largest_difference" in description:
         print(f"features differ from those of the run by at most {description['largest_difference']:.1e}")
 

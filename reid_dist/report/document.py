@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -96,6 +96,11 @@ def as_markdown(title: str, blocks: Iterable[Block]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def as_text(table: Table) -> str:
+    """A Markdown table for terminals and logs, its text as it is; title above and note below."""
+    return _markdown_table(table, str)
+
+
 def as_html(title: str, blocks: Sequence[Block]) -> str:
     """The page as one HTML file without scripts and without anything from elsewhere but its pictures."""
     heads = [(f"s{place}", block) for place, block in enumerate(blocks) if isinstance(block, Heading)]
@@ -129,23 +134,24 @@ def _markdown(block: Block) -> str:
         return _plain(block.text)
     if isinstance(block, Picture):
         return f"![{_plain(_first_sentence(block.text))}]({block.file})\n\n{_plain(block.text)}"
-    return "\n\n".join(part for part in (_plain(block.title), _markdown_table(block), _plain(block.note)) if part)
+    return _markdown_table(block, _plain)
 
 
 def _first_sentence(text: str) -> str:
     return text.partition(". ")[0]
 
 
-def _markdown_table(table: Table) -> str:
-    lines = [[_plain(cell) for cell in row] for row in (table.head, *table.rows)]
-    width = [max(3, *(len(line[column]) for line in lines)) for column in range(len(table.head))]
+def _markdown_table(table: Table, say: Callable[[str], str]) -> str:
+    lines = [[say(cell) for cell in row] for row in (table.head, *table.rows)]
+    width = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    is_text = [column < table.texts for column in range(len(width))]
     shown = []
-    is_text = [column < table.texts for column in range(len(table.head))]
     for line in lines:
         cells = [c.ljust(w) if text else c.rjust(w) for c, w, text in zip(line, width, is_text, strict=True)]
         shown.append("| " + " | ".join(cells) + " |")
     rule = "|" + "|".join("-" * (w + 1) + ("-" if text else ":") for w, text in zip(width, is_text, strict=True)) + "|"
-    return "\n".join([shown[0], rule, *shown[1:]])
+    parts = say(table.title), "\n".join([shown[0], rule, *shown[1:]]), say(table.note)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _html(block: Block, name: str) -> str:

@@ -1,6 +1,7 @@
 """Which queries a contact sheet shows, and their ranked lists. For one process: nothing here is a collective.
 
-Shape suffixes: Q queries, K matches, G gallery entries, P positives of a query, D feature.
+Shape suffixes: Q queries, K matches, G gallery entries, P positives of a query, D feature,
+E gallery entries of its identity.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from reid_dist.data.reader import ShardSet
 from reid_dist.data.transforms import decode_image
 from reid_dist.evaluation.benchmark import Task
+from reid_dist.evaluation.counting import SameIdentity
 from reid_dist.evaluation.features import Features
 from reid_dist.evaluation.ranking import Retrieval, rank_queries, top_matches
 from reid_dist.report.sheet import Match, SheetRow
@@ -90,15 +92,13 @@ def nearest_positive(retrieval: Retrieval, query: int) -> tuple[int, float]:
         retrieval: plain.
         query: position of one that has a positive.
     """
-    same_G = retrieval.gallery_pid_G == retrieval.query_pid_Q[query]
-    if retrieval.query_camid_Q is not None and retrieval.gallery_camid_G is not None:
-        camid = retrieval.query_camid_Q[query]
-        same_G &= (camid < 0) | (retrieval.gallery_camid_G != camid)
-    entries = same_G.nonzero().flatten()
-    positive_PD = retrieval.gallery_GD[entries.to(retrieval.gallery_GD.device)].to(retrieval.query_QD.device).float()
-    cosine_P = nn.functional.cosine_similarity(positive_PD, retrieval.query_QD[query].float()[None])
+    one = retrieval.only(slice(query, query + 1))
+    _, entry_E, kept_E = SameIdentity(one.gallery_pid_G, one.gallery_camid_G).pairs(one.query_pid_Q, one.query_camid_Q)
+    entry_P = entry_E[kept_E]
+    positive_PD = one.gallery_GD[entry_P.to(one.gallery_GD.device)].to(one.query_QD.device).float()
+    cosine_P = nn.functional.cosine_similarity(positive_PD, one.query_QD.float())
     best = int(cosine_P.argmax())
-    return int(entries[best]), float(cosine_P[best])
+    return int(entry_P[best]), float(cosine_P[best])
 
 
 Shown = Callable[[int], "Image.Image | str"]

@@ -1,8 +1,14 @@
-"""Scores of models side by side, as an aligned Markdown table."""
+"""What every table of scores says of its rules, and the one of models side by side."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from reid_dist.evaluation.ranking import METRIC_KEYS, Metrics
+from reid_dist.report.document import Table, as_text
+
+PROTOCOL_NOTE = (
+    "In percent. Cosine in fp32, all positives of an identity, rectangular AP, ties pessimistic. i2i drops gallery "
+    "images of the query's identity and camera; t2i and i2t know no cameras. Queries without a positive are skipped."
+)
 
 
 def _cells(metrics: Metrics | None) -> list[str]:
@@ -28,13 +34,5 @@ def result_table(rows: Sequence[tuple[str, Mapping[str, Metrics | None]]]) -> st
     """
     head = ["", *(f"{task} {key}" for task in ("T2I", "I2I") for key in METRIC_KEYS)]
     body = [[name, *_cells(pair["t2i"]), *_cells(pair["i2i"])] for name, pair in rows]
-    width = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        numbers = [cell.rjust(width[i]) for i, cell in enumerate(cells) if i > 0]
-        return "| " + " | ".join([cells[0].ljust(width[0]), *numbers]) + " |"
-
-    rule = "|" + "|".join(["-" * (width[0] + 2), *("-" * (w + 1) + ":" for w in width[1:])]) + "|"
-    note = "Percent. Cosine in fp32, rectangular AP, pessimistic ties; I2I drops same identity and camera. "
-    note += "; ".join(_counts(task.upper(), [pair[task] for _, pair in rows]) for task in ("t2i", "i2i")) + "."
-    return "\n".join([line(head), rule, *(line(cells) for cells in body), "", note])
+    counts = "; ".join(_counts(task.upper(), [pair[task] for _, pair in rows]) for task in ("t2i", "i2i"))
+    return as_text(Table(head, body, note=f"{PROTOCOL_NOTE} {counts}."))

@@ -67,14 +67,14 @@ def calibrate(
         most: queries of each kind that are searched.
 
     Returns:
-        One threshold for each kind of query that the set has; without captions only that of pictures.
+        One threshold for each kind of query that the set has enough of; without captions only that of pictures.
 
     Raises:
         UserError: too few queries for the share asked for, people who are in the index, or an empty index.
     """
     if not 0 < false_accept < 1:
         raise UserError(f"--false-accept {false_accept}: must be above 0 and below 1")
-    with changing(folder):
+    with changing(folder) as folder:
         index = PhotoIndex.open(folder)
         rows = shards.rows(split)
         source = f"{shards.name} {split}"
@@ -84,7 +84,7 @@ def calibrate(
         pid_G = shards.index["pid"][rows]
         image_GD = _images(model, shards, rows)
         found: dict[Kind, Threshold] = {}
-        for kind, query_QD, own_Q in _queries(model, shards, rows, image_GD, most):
+        for kind, query_QD, own_Q in _queries(model, shards, rows, image_GD, most, false_accept):
             score_Q = _best(index, query_QD, kind)
             threshold = float(np.quantile(score_Q, 1 - false_accept, method="higher"))
             threshold = float(np.nextafter(np.float32(threshold), np.float32(2)))  # that one query is not to reach it
@@ -104,7 +104,7 @@ def calibrate(
 
 def _check(index: PhotoIndex, shards: ShardSet, rows: Rows, source: str, false_accept: float, most: int) -> None:
     queries = min(len(rows), most)
-    if queries < LEAST_QUERIES or queries * false_accept < 1:
+    if not _enough(queries, false_accept):
         raise UserError(f"{source}: {queries} images are too few for --false-accept {false_accept}; use a larger set")
     people = {shards.identities[pid] for pid in shards.index["pid"][rows].tolist()}
     shared = sorted(people & set(index.entries.persons))
@@ -113,6 +113,11 @@ def _check(index: PhotoIndex, shards: ShardSet, rows: Rows, source: str, false_a
             f"{source}: {len(shared)} of its people are in the index too, first {shared[0]}; a validation set must"
             " show nobody who is in it"
         )
+
+
+def _enough(queries: int, false_accept: float) -> bool:
+    """Whether one of so many queries is not more than the share that is asked for."""
+    return queries >= LEAST_QUERIES and queries * false_accept >= 1
 
 
 def _images(model: TrainedModel, shards: ShardSet, rows: Rows) -> Floats:
@@ -125,13 +130,13 @@ def _images(model: TrainedModel, shards: ShardSet, rows: Rows) -> Floats:
 
 
 def _queries(
-    model: TrainedModel, shards: ShardSet, rows: Rows, image_GD: Floats, most: int
+    model: TrainedModel, shards: ShardSet, rows: Rows, image_GD: Floats, most: int, false_accept: float
 ) -> list[tuple[Kind, Floats, npt.NDArray[np.int64]]]:
     """(kind, features, number of the photograph that the query is or speaks of) for each kind. Spread over the rows."""
     own_Q = np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(np.int64)
     queries: list[tuple[Kind, Floats, npt.NDArray[np.int64]]] = [("image", image_GD[own_Q], own_Q)]
     told = own_Q[shards.index["captions"][rows[own_Q]] > 0]
-    if len(told) >= LEAST_QUERIES:
+    if _enough(len(told), false_accept):
         captions = [shards.sample(int(rows[own])).captions[0] for own in told]
         text_QD = model.encode_text(captions).cpu().numpy()
         sum_QD = text_QD + image_GD[told]
@@ -156,9 +161,3 @@ def _known_found(
         if len(same):
             reached.append(bool((image_GD[same] @ query_D).max() >= threshold))
     return float(np.mean(reached)) if reached else None
-
-
-def unknown(index: PhotoIndex, kind: Kind, best: float | None, weight: float) -> bool | None:
-    """Whether a query's best score says that the person is unknown; None where nothing was calibrated."""
-    threshold = index.threshold(kind, weight)
-    return None if threshold is None or best is None else best < threshold

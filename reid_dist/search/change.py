@@ -4,6 +4,7 @@ Shape suffixes: N photographs, D features.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from reid_dist.checkpoint import write_json
 from reid_dist.errors import UserError
 from reid_dist.search.encoding import encode_entries, read_chunk
 from reid_dist.search.entries import Entry, Filter, Rows
 from reid_dist.search.index import MANIFEST_FILE, Half, PhotoIndex
 from reid_dist.search.lists import may_extend
+from reid_dist.search.pictures import is_gone
 from reid_dist.search.sources import Listing
 from reid_dist.search.store import changing, remove, work_folder, write_index
 from reid_dist.trained import TrainedModel
@@ -49,14 +52,14 @@ def add(
         models: the same model on each device.
         listing: of a source.
         folder: of the index.
-        max_bad_fraction: share of the photographs that may be unreadable.
+        max_bad_fraction: share of the source's photographs that may be unreadable.
         threads: that decode.
 
     Raises:
         UserError: the index was made with another model, or photographs are unreadable.
         OSError: the disk is full; the index is what it was, and what was encoded is kept for the next call.
     """
-    with changing(folder, create=True):
+    with changing(folder, create=True) as folder:
         old = PhotoIndex.open(folder) if (folder / MANIFEST_FILE).is_file() else None
         if old is not None and old.digest != models[0].digest:
             raise UserError(
@@ -65,7 +68,8 @@ def add(
             )
         known = {} if old is None else {entry.file: (row, entry) for row, entry in enumerate(old.entries)}
         wanted = [entry for entry in listing.entries if not _is_known(entry, known)]
-        chunks = encode_entries(models, wanted, work_folder(folder), max_bad_fraction, threads)
+        allowed = int(max_bad_fraction * len(listing.entries))
+        chunks = encode_entries(models, wanted, work_folder(folder), allowed, threads)
         found = {entry.file for path in chunks for entry in _chunk(path)[0]}
         changed = [known[file][0] for file in sorted(found & known.keys())]
         former = [] if old is None else _refreshed(old, listing, set(changed))
@@ -80,9 +84,13 @@ def add(
                 yield _chunk(path)
 
         if total == 0:
+            remove(work_folder(folder))
             raise UserError(f"{folder}: no photograph could be read; nothing was written")
+        settings = _settings(models[0], old)
         if found or former != _entries(old, rows):
-            write_index(folder, parts(), total, _settings(models[0], old), old if extended else None)
+            write_index(folder, parts(), total, settings, old if extended else None)
+        elif old is not None and settings["model"] != old.manifest["model"]:  # it moved
+            write_json(folder / MANIFEST_FILE, {**old.manifest, **settings})
         remove(work_folder(folder))
         return Added(len(found), len(changed), len(rows), len(wanted) - len(found))
 
@@ -92,26 +100,28 @@ def delete(
 ) -> list[Entry]:
     """Deletes photographs from an index, with all that was derived from them alone.
 
-    The index is written anew from what remains, its lists trained anew: its files (but for what the manifest says of
-    thresholds) are those of an index that never held them.
+    What an unfinished indexing has encoded goes first, whatever it is of: it may hold what is to be deleted. The index
+    is then written anew from what remains, its lists trained anew: its files (but for what the manifest says of
+    thresholds) are those of an index that never held what was deleted.
 
     Args:
         folder: of the index.
         where: what photographs must be to be deleted.
         files: with some, a photograph must also be one of these.
-        missing: a photograph's file must also be gone.
+        missing: a photograph must also be gone from where it was.
         dry: delete nothing.
 
     Returns:
         What was deleted.
 
     Raises:
-        UserError: nothing matches, or no condition is given.
+        UserError: nothing matches, no condition is given, or there is no index.
         OSError: the disk is full or the like; nothing was deleted.
     """
     if where.empty and not files and not missing:
         raise UserError("delete: says not what; give --file, --person, --camera, --since, --until or --missing")
-    with changing(folder):
+    with changing(folder) as folder:
+        _drop_unfinished(folder, dry)
         index = PhotoIndex.open(folder)
         gone = _matching(index, where, files, missing)
         entries = [index.entries[int(row)] for row in gone]
@@ -119,12 +129,19 @@ def delete(
             raise UserError(f"{folder}: nothing deleted, no photograph is what was said; it holds {len(index.entries)}")
         if dry:
             return entries
-        # Chunks of an indexing that was killed may hold what is to be deleted.
-        remove(work_folder(folder))
         rows = np.setdiff1d(np.arange(len(index.entries)), gone)
         parts = _stored(index, rows, _entries(index, rows))
         write_index(folder, parts, len(rows), _settings(None, index))
         return entries
+
+
+def _drop_unfinished(folder: Path, dry: bool) -> None:
+    work = work_folder(folder)
+    if work.exists():
+        if not dry:
+            remove(work)
+        done = "would be" if dry else "was"
+        print(f"note: {work}: what an unfinished indexing had encoded {done} removed", file=sys.stderr)
 
 
 def _matching(index: PhotoIndex, where: Filter, files: Sequence[str], missing: bool) -> Rows:
@@ -138,7 +155,7 @@ def _matching(index: PhotoIndex, where: Filter, files: Sequence[str], missing: b
 def _matches(entry: Entry, named: set[str], missing: bool) -> bool:
     if named and entry.file not in named:
         return False
-    return not missing or not Path(entry.file if entry.shards is None else entry.shards).exists()
+    return not missing or is_gone(entry)
 
 
 def _is_known(entry: Entry, known: dict[str, tuple[int, Entry]]) -> bool:
@@ -154,13 +171,15 @@ def _chunk(path: Path) -> tuple[list[Entry], Half]:
 
 
 def _refreshed(old: PhotoIndex, listing: Listing, changed: set[int]) -> list[Entry]:
-    """What the source says now of photographs that stay; a date that only the file holds stays as well."""
+    """What the source says now of photographs that stay; where it says no date, that of the file counts."""
     listed = {entry.file: entry for entry in listing.entries}
     entries = []
     for row, entry in enumerate(old.entries):
         if row not in changed:
-            now = listed.get(entry.file, entry)
-            entries.append(replace(now, version=entry.version, date=now.date or entry.date))
+            now = listed.get(entry.file)
+            if now is not None:
+                entry = replace(now, version=entry.version, taken=entry.taken, date=now.date or entry.taken)
+            entries.append(entry)
     return entries
 
 

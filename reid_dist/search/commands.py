@@ -8,21 +8,26 @@ from pathlib import Path
 
 import torch
 
+from reid_dist.data.pictures import read_picture
 from reid_dist.data.reader import ShardSet
 from reid_dist.data.sample import SPLITS
 from reid_dist.errors import UserError
+from reid_dist.files import write_results
 from reid_dist.search.calibrate import calibrate
 from reid_dist.search.change import add, delete
 from reid_dist.search.entries import Filter
 from reid_dist.search.index import PhotoIndex
 from reid_dist.search.lists import faiss_module
-from reid_dist.search.pictures import read_picture
 from reid_dist.search.query import combine, kind_of, load_model
-from reid_dist.search.show import hit_record, hit_table, write_hits, write_sheet
+from reid_dist.search.show import hit_record, hit_table, write_sheet
 from reid_dist.search.sources import list_source
 from reid_dist.trained import TrainedModel, load
 
 _SHOWN = 20  # files that a deletion lists
+_ONE_KIND = (
+    "this model has features of its own for picture queries (dual_token); an index holds those for sentences only, and"
+    " pictures are compared by them too"
+)
 
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +48,8 @@ def run_index(arguments: argparse.Namespace) -> None:
     faiss_module()  # before hours of encoding
     models = _models(arguments.run, arguments.device)
     listing = list_source(arguments.source)
+    if models[0].encoder.has_i2i_token:
+        print(f"note: {_ONE_KIND}", file=sys.stderr)
     for note in listing.notes:
         print(f"note: {note}", file=sys.stderr)
     added = add(models, listing, arguments.out, arguments.max_bad_fraction, len(os.sched_getaffinity(0)))
@@ -108,12 +115,12 @@ def run_query(arguments: argparse.Namespace) -> None:
         print(json.dumps(record, indent=1, allow_nan=False))
     else:
         print(hit_table(hits, threshold))
+    if arguments.json not in (None, Path("-")):
+        write_results(arguments.json, record)
+        print(f"written: {arguments.json}", file=sys.stderr)
     if arguments.sheet is not None:
         write_sheet(arguments.sheet, index, arguments.text, image, hits, threshold)
         print(f"written: {arguments.sheet}", file=sys.stderr)
-    if arguments.json not in (None, Path("-")):
-        write_hits(arguments.json, record)
-        print(f"written: {arguments.json}", file=sys.stderr)
 
 
 def add_delete_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +128,9 @@ def add_delete_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("index", type=Path, help="folder of the index")
     parser.add_argument("--file", action="append", default=[], help="this photograph; may be repeated")
     _add_filter(parser)
-    parser.add_argument("--missing", action="store_true", help="photographs whose file is gone")
+    parser.add_argument(
+        "--missing", action="store_true", help="photographs whose file, or sample in its shard set, is gone"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
 
 
@@ -162,3 +171,5 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
             f"{kind}: unknown below {threshold.score:.4f}; {threshold.false_accept:.2%} of {threshold.queries} queries"
             f" for unknown people reach it, known people found: {known}"
         )
+    if "text" not in found:
+        print("text, both: not calibrated, too few of the images have captions")

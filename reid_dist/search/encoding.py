@@ -23,11 +23,12 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
+from reid_dist.data.pictures import decode_picture
 from reid_dist.data.transforms import Pixels, decode_image, decoder_name
 from reid_dist.errors import UserError
 from reid_dist.files import flush
 from reid_dist.search.entries import Entry, entry_line
-from reid_dist.search.pictures import decode_picture, entry_bytes
+from reid_dist.search.pictures import entry_bytes
 from reid_dist.trained import TrainedModel
 
 BATCH = 64
@@ -54,7 +55,7 @@ def encode_entries(
     models: Sequence[TrainedModel],
     entries: Sequence[Entry],
     work: Path,
-    max_bad_fraction: float = 0.0,
+    allowed: int = 0,
     threads: int = 4,
 ) -> list[Path]:
     """Encodes photographs into chunks in a folder; those that are there already stay.
@@ -63,7 +64,7 @@ def encode_entries(
         models: the same model on each device.
         entries: in the order of the index.
         work: folder of the chunks.
-        max_bad_fraction: share of the photographs that may be unreadable and is left out.
+        allowed: how many may be unreadable and are left out.
         threads: that decode.
 
     Returns:
@@ -72,10 +73,9 @@ def encode_entries(
     Raises:
         UserError: more photographs are unreadable, or the features hold nan or inf.
     """
-    work.mkdir(parents=True, exist_ok=True)
     parts = [entries[begin : begin + CHUNK] for begin in range(0, len(entries), CHUNK)]
     paths = [work / f"{_chunk_name(models[0], part)}.npz" for part in parts]
-    bad, allowed = list[str](), int(max_bad_fraction * len(entries))
+    bad = list[str]()
     free: queue.SimpleQueue[TrainedModel] = queue.SimpleQueue()
     for model in models:
         free.put(model)
@@ -154,7 +154,7 @@ def _encode(model: TrainedModel, decoders: ThreadPoolExecutor, part: Sequence[En
                 if len(bad) > allowed:
                     break
                 continue
-            entries.append(entry if entry.date is not None else replace(entry, date=date))
+            entries.append(replace(entry, taken=date, date=entry.date or date))
             images.append(image_HWC)
             if len(images) == BATCH:
                 vectors.append(_vectors(model, images))
@@ -180,6 +180,7 @@ def _decode(entry: Entry, size: tuple[int, int]) -> tuple[Pixels, str | None]:
 
 
 def _write_chunk(path: Path, chunk: Chunk) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     lines = b"[" + b",".join(entry_line(entry) for entry in chunk.entries) + b"]"
     entries, bad = (np.frombuffer(text, np.uint8) for text in (lines, json.dumps(chunk.bad).encode()))

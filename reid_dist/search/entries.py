@@ -41,6 +41,7 @@ class Entry:
         time: seconds from the start of the video, of a frame.
         shards: location of the shard set; None for an image file.
         row: in the shard set.
+        taken: date that the image file itself holds; `date` is this one where the source says none.
     """
 
     file: str
@@ -51,6 +52,7 @@ class Entry:
     time: float | None = None
     shards: str | None = None
     row: int = -1
+    taken: str | None = None
 
 
 @dataclass(frozen=True)

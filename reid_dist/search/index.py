@@ -9,6 +9,8 @@ Shape suffixes: N photographs, D features, C candidates.
 
 import json
 import os
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +22,7 @@ from PIL import Image
 from reid_dist.errors import UserError
 from reid_dist.files import aside, content_sha256
 from reid_dist.search.entries import COLUMNS_FILE, ENTRIES_FILE, NAMES_FILE, Entries, Entry, Filter, Rows
-from reid_dist.search.lists import LISTS_FILE, Lists, flat_lists, read_lists
+from reid_dist.search.lists import LISTS_FILE, flat_lists, read_lists
 from reid_dist.search.pictures import entry_picture
 
 FORMAT_VERSION = 1
@@ -28,6 +30,8 @@ MANIFEST_FILE, VECTORS_FILE = "manifest.json", "vectors.npy"
 Vector = npt.NDArray[np.float32]
 Half = npt.NDArray[np.float16]
 Kind = Literal["text", "image", "both"]
+_Identity = tuple[int, int, int]
+_TRIES, _PAUSE = 10, 0.1  # to open an index that another process is changing; seconds between them
 _NEEDED = (VECTORS_FILE, ENTRIES_FILE, COLUMNS_FILE, NAMES_FILE)
 # A filter that leaves so few photographs compares them all, which is exact.
 _FEW = 20_000
@@ -49,6 +53,11 @@ class Hit:
     row: int
 
 
+def unknown(hits: Sequence[Hit], threshold: float | None) -> bool | None:
+    """Whether what a query found best is of somebody unknown; None where nothing was calibrated."""
+    return None if threshold is None else bool(hits) and hits[0].score < threshold
+
+
 class PhotoIndex:
     """A whole index, checked against the hashes of its manifest; `PhotoIndex.open` reads one.
 
@@ -61,32 +70,42 @@ class PhotoIndex:
         entries: what is known of the photographs, by row.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Reads the files, whose hashes `open` has compared."""
-        self.folder, self.manifest = folder, manifest
-        self._identity = _identity(folder)
+    def __init__(self, folder: Path, identity: _Identity | None) -> None:
+        """Reads the files; `open` makes sure that they are of one index."""
+        self.folder, self.manifest, self._identity = folder, read_manifest(folder), identity
+        _check_files(folder, self.manifest)
         self.entries = Entries(folder)
         self.vectors_ND: Half = np.load(folder / VECTORS_FILE, mmap_mode="r", allow_pickle=False)
         if self.vectors_ND.dtype != np.float16 or self.vectors_ND.shape != (len(self.entries), self.features):
             raise UserError(f"{folder / VECTORS_FILE}: not the vectors of this index; build the index again")
-        self._lists: Lists | None = None
+        # Inverted lists now, before another index takes the place; a flat copy of the vectors when it is needed.
+        with_lists = "lists" in self.manifest
+        self._lists = read_lists(folder / LISTS_FILE, self.manifest["lists"]) if with_lists else None
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> "PhotoIndex":
-        """Reads an index.
+    def open(cls, folder: str | os.PathLike[str]) -> "PhotoIndex":
+        """Reads an index and compares every file with its hash, one or two seconds for a gigabyte.
 
         Args:
             folder: of the index.
-            verify: compare every file with its hash, one or two seconds for a gigabyte.
 
         Raises:
             UserError: there is none, or it is damaged.
         """
         path = Path(folder)
-        manifest = read_manifest(path)
-        if verify:
-            _check_files(path, manifest)
-        return cls(path, manifest)
+        for _ in range(_TRIES):
+            identity = _identity(path)
+            try:
+                index = cls(path, identity)
+                if index.current:
+                    return index
+            except Exception:  # where another process changes it, files of two indexes are met, or for a moment none
+                between = identity is None and aside(Path(os.path.realpath(path))).exists()
+                if _identity(path) == identity and not between:
+                    raise
+            time.sleep(_PAUSE)
+        read_manifest(path)
+        raise UserError(f"{path}: another process is changing it; wait until it has finished")
 
     @property
     def features(self) -> int:
@@ -172,10 +191,7 @@ class PhotoIndex:
 
     def _candidates(self, query_D: Vector, k: int, rows: Rows | None) -> Rows:
         if self._lists is None:
-            path = self.folder / LISTS_FILE
-            self._lists = (
-                read_lists(path, self.manifest["lists"]) if "lists" in self.manifest else flat_lists(self.vectors_ND)
-            )
+            self._lists = flat_lists(self.vectors_ND)
         return self._lists.candidates(query_D, k, rows)
 
 
@@ -187,6 +203,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
+        folder = Path(os.path.realpath(folder))
         old = f"; a deletion or addition was killed, rename {aside(folder)} back" if aside(folder).is_dir() else ""
         raise UserError(f"{folder}: no index; make one with `python launch/search.py index`{old}")
     try:
@@ -218,7 +235,7 @@ def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
             raise UserError(f"{folder / name}: does not match its hash; build the index again")
 
 
-def _identity(folder: Path) -> tuple[int, int, int] | None:
+def _identity(folder: Path) -> _Identity | None:
     try:
         found = (folder / MANIFEST_FILE).stat()
     except OSError:

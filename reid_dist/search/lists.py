@@ -52,18 +52,25 @@ class Lists:
             query_D: of length 1.
             k: how many are wanted in the end.
             rows: those that count; None: all.
+
+        Returns:
+            At least k, or all that count where they are fewer.
         """
         faiss = faiss_module()
+        passing = self._index.ntotal if rows is None else len(rows)
         selector = None if rows is None else faiss.IDSelectorBatch(rows)
         if self._settings is None:
-            parameters = faiss.SearchParameters(sel=selector)
-            wanted = k
-        else:
-            # A filter thins the lists: as many more of them are read, so that as many photographs are seen.
-            share = 1.0 if rows is None else len(rows) / self._index.ntotal
-            probes = min(self._settings["centres"], round(self._settings["probes"] / max(share, 1e-9)))
-            parameters = faiss.SearchParametersIVF(sel=selector, nprobe=probes)
-            wanted = max(self._settings["candidates"], 4 * k)
+            return self._search(query_D, k, faiss.SearchParameters(sel=selector))
+        # A filter thins the lists: as many more of them are read, so that as many photographs are seen.
+        probes = round(self._settings["probes"] * self._index.ntotal / max(passing, 1))
+        while True:
+            parameters = faiss.SearchParametersIVF(sel=selector, nprobe=min(self._settings["centres"], probes))
+            found = self._search(query_D, max(self._settings["candidates"], 4 * k), parameters)
+            if len(found) >= min(k, passing) or probes >= self._settings["centres"]:
+                return found
+            probes *= 2
+
+    def _search(self, query_D: npt.NDArray[np.float32], wanted: int, parameters: Any) -> Rows:
         _, found = self._index.search(query_D[None], min(wanted, self._index.ntotal), params=parameters)
         return np.asarray(found[0][found[0] >= 0], dtype=np.int64)
 

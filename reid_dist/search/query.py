@@ -10,7 +10,6 @@ from PIL import Image
 
 from reid_dist.errors import UserError
 from reid_dist.search.index import Kind, PhotoIndex, Vector
-from reid_dist.search.pictures import read_picture
 from reid_dist.trained import TrainedModel, load
 
 
@@ -63,8 +62,7 @@ def combine(
     if text is not None:
         feature_D += share * model.encode_text(text)[0].cpu().numpy()
     if image is not None:
-        picture = image if isinstance(image, Image.Image) else read_picture(Path(image), model.image_size)
-        feature_D += (1 - share) * model.encode_image(picture)[0].cpu().numpy()
+        feature_D += (1 - share) * model.encode_image(image)[0].cpu().numpy()
     length = float(np.linalg.norm(feature_D))
     if length < 1e-6:
         raise UserError("query: sentence and picture cancel out; change the weight")

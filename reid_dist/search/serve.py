@@ -24,8 +24,8 @@ EXAMPLES = (
     "an elderly lady in a long skirt who carries a handbag",
 )
 _RANDOM_TOKEN = "auto"  # noqa: S105
-_SHORTEST_TOKEN = 12
-_MAX_CONNECTIONS = 64
+_SHORTEST_TOKEN = 12  # nothing else keeps guesses out
+_MAX_CONNECTIONS = 200  # the system allows some hundreds of open files
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="the model, where it moved since the index was made")
     parser.add_argument("--host", default=default.host, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=default.port, help="0: any free one (default: %(default)s)")
-    parser.add_argument("--token", help="what visitors must know, 12 characters or more; auto: a random one")
+    parser.add_argument(
+        "--token",
+        help="what visitors must know, 12 characters or more; auto: a random one, advised on a shared machine",
+    )
     parser.add_argument("--max-upload-mb", type=float, default=default.max_upload_mb, help="default: %(default)s")
     parser.add_argument("--example", action="append", help="description that the page offers; may be repeated")
 
@@ -121,6 +124,7 @@ def open_page(settings: ServeSettings) -> OpenPage:
         import uvicorn
 
         from reid_dist.search.web_app import SearchPage
+        from reid_dist.search.web_connection import Connection
         from reid_dist.search.web_guard import Guard
     except ImportError as error:
         raise UserError(f"serve: needs {error.name}; install the extra: pip install -e '.[search]'") from None
@@ -141,7 +145,7 @@ def open_page(settings: ServeSettings) -> OpenPage:
         raise
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_level="warning",

@@ -1,6 +1,6 @@
 """What a query found: as a table, as JSON, as a contact sheet."""
 
-import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,12 +8,13 @@ from typing import Any
 
 from PIL import Image
 
-from reid_dist.checkpoint import write_text
-from reid_dist.report.sheet import Match, SheetRow, contact_sheet
+from reid_dist.errors import UserError
+from reid_dist.report.sheet import THUMB_H, THUMB_W, Match, SheetRow, contact_sheet
 from reid_dist.search.entries import Entry
-from reid_dist.search.index import Hit, PhotoIndex
+from reid_dist.search.index import Hit, PhotoIndex, unknown
 
 _LEGEND = "thick green frame: known   thin red frame: below the threshold   below: rank and cosine"
+_GREY = (160, 160, 160)
 _HEAD = ("", "score", "person", "camera", "date", "file")
 
 
@@ -27,7 +28,7 @@ def hit_table(hits: Sequence[Hit], threshold: float | None) -> str:
     ]
     if not hits:
         lines = ["no photograph passes the filter"]
-    if hits and threshold is not None and hits[0].score < threshold:
+    if threshold is not None and unknown(hits, threshold):
         lines.append(f"unknown: the best score {hits[0].score:.3f} is below the threshold {threshold:.3f}")
     return "\n".join(lines)
 
@@ -51,18 +52,13 @@ def hit_record(
         "model": index.digest,
         "query": query,
         "threshold": threshold,
-        "unknown": bool(hits and hits[0].score < threshold) if threshold is not None else None,
+        "unknown": unknown(hits, threshold),
         "hits": [{"rank": rank, "score": hit.score, **_known(hit.entry)} for rank, hit in enumerate(hits, start=1)],
     }
 
 
 def _known(entry: Entry) -> dict[str, Any]:
     return {key: value for key, value in asdict(entry).items() if key in ("file", "person", "camera", "date", "time")}
-
-
-def write_hits(path: Path, record: dict[str, Any]) -> None:
-    """Writes JSON, whole or not at all."""
-    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def write_sheet(
@@ -75,11 +71,16 @@ def write_sheet(
 ) -> None:
     """Writes a PNG of the query and what it found; frames are green from the threshold on.
 
-    Raises:
-        UserError: a photograph is gone or does not decode.
+    A photograph that is gone or does not decode is a grey tile, with a note on stderr.
     """
-    matches = [
-        Match(index.thumbnail(hit.entry), hit.score, threshold is None or hit.score >= threshold) for hit in hits
-    ]
+    matches = [Match(_tile(index, hit.entry), hit.score, threshold is None or hit.score >= threshold) for hit in hits]
     row = SheetRow(image if image is not None else text or "", text or "" if image is not None else "", matches)
     contact_sheet(path, f"{index.folder.name}: {len(index.entries)} photographs", [row], _LEGEND)
+
+
+def _tile(index: PhotoIndex, entry: Entry) -> Image.Image:
+    try:
+        return index.thumbnail(entry)
+    except UserError as error:
+        print(f"note: {error}", file=sys.stderr)
+        return Image.new("RGB", (THUMB_W, THUMB_H), _GREY)

@@ -6,18 +6,19 @@ column file and any of person, camera, date, time (seconds); its files are relat
 """
 
 import csv
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from reid_dist.data.pictures import SUFFIXES
 from reid_dist.data.reader import ShardSet
 from reid_dist.data.remote import is_remote
 from reid_dist.data.sample import INDEX_NAME, MANIFEST_NAME
 from reid_dist.errors import UserError
 from reid_dist.search.entries import Entry, date_number
-from reid_dist.search.pictures import SUFFIXES
 
 METADATA_FILE = "metadata.csv"
 # Pictures that are not read: left out without a word, they would be missed too late.
@@ -116,11 +117,11 @@ def _shard_set(path: Path) -> Iterator[Entry]:
 
 
 def _version(file: Path) -> str:
-    """Changes when the file does."""
+    """Changes when the file does. A link to nowhere has one too: it counts as unreadable when it is read."""
     try:
         found = file.stat()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except OSError:
+        return "unreadable"
     return f"{found.st_size}-{found.st_mtime_ns}"
 
 
@@ -136,17 +137,18 @@ def _text(path: Path) -> str:
 def _rows(path: Path, columns: frozenset[str]) -> dict[str, Entry]:
     """Entries of a CSV file by absolute file name, without versions."""
     reader = csv.DictReader(_text(path).splitlines(), strict=True)
-    names = reader.fieldnames or []
-    if "file" not in names or not set(names) <= columns:
-        raise UserError(f"{path}: columns {', '.join(names)[:200]}; needs file and any of {', '.join(sorted(columns))}")
     entries = dict[str, Entry]()
     try:
+        names = reader.fieldnames or []
+        if "file" not in names or not set(names) <= columns:
+            allowed = ", ".join(sorted(columns))
+            raise UserError(f"{path}: columns {', '.join(names)[:200]}; needs file and any of {allowed}")
         for row in reader:
             entry = _row(path, reader.line_num, row)
             if entries.setdefault(entry.file, entry) is not entry:
                 raise UserError(f"{path}, line {reader.line_num}: {row['file']} is named twice")
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+        raise UserError(f"{path}, line {max(1, reader.line_num)}: not CSV ({error})") from None
     return entries
 
 
@@ -160,6 +162,8 @@ def _row(path: Path, line: int, row: dict[str, str | None]) -> Entry:
             date_number(known["date"])
         if "time" in known:
             time = float(known["time"])
+            if not math.isfinite(time):
+                raise ValueError
     except UserError as error:
         raise UserError(f"{path}, line {line}: {error}") from None
     except ValueError:

@@ -1,13 +1,16 @@
 """Writing an index: whole or not at all, by one process at a time, with nothing of the former one left beside it.
 
-The new index is written to `NAME.partial`, flushed, and renamed in place of the old one (files.replace_folder). What a
-kill leaves behind, `NAME.partial` and `NAME.old`, holds vectors that were perhaps to be deleted: the next command that
-changes the index removes them before anything else. `NAME.work` holds the chunks of an indexing that is under way.
+What lies beside an index has a hidden name (files.beside). The new index is written to `partial`, flushed, and renamed
+in place of the `old` one (files.replace_folder). What a kill leaves of these two holds vectors that were perhaps to be
+deleted: the next command that changes the index removes them before anything else. `work` holds the chunks of an
+indexing that is under way. `lock` is an empty file that stays: removed, it would let two processes lock two files of
+one name.
 
 Shape suffixes: N photographs, B block, D features.
 """
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +23,7 @@ import numpy as np
 from reid_dist.checkpoint import write_json
 from reid_dist.data.transforms import decoder_name
 from reid_dist.errors import UserError
-from reid_dist.files import aside, content_sha256, flush, replace_folder
+from reid_dist.files import aside, beside, content_sha256, flush, replace_folder
 from reid_dist.search.entries import Entry, write_entries
 from reid_dist.search.index import FORMAT_VERSION, MANIFEST_FILE, VECTORS_FILE, Half, PhotoIndex, read_manifest
 from reid_dist.search.lists import LISTS_FILE, build_lists, extend_lists
@@ -30,33 +33,36 @@ _PACKAGES = ("reid_dist", "torch", "numpy", "pillow", "faiss-cpu")
 
 def work_folder(folder: Path) -> Path:
     """Where chunks of an indexing that is under way lie."""
-    return folder.with_name(folder.name + ".work")
+    return beside(folder, "work")
 
 
 def _partial(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
+    return beside(folder, "partial")
 
 
 @contextmanager
-def changing(folder: Path, create: bool = False) -> Iterator[None]:
+def changing(folder: Path, create: bool = False) -> Iterator[Path]:
     """Only one process changes an index; what a killed one left is put in order first.
+
+    Gives the folder itself: a link to it would be replaced, and what it leads to would stay.
 
     Raises:
         UserError: another one does, a folder has the name that is no index, or there is none and none is to be made.
     """
+    folder = Path(os.path.realpath(folder))
     if create:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    elif not (aside(folder) / MANIFEST_FILE).is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    elif not (aside(folder) / MANIFEST_FILE).is_file() and not work_folder(folder).exists():
         read_manifest(folder)
     if folder.exists() and not (folder / MANIFEST_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is no index; choose another name")
-    with folder.with_name(folder.name + ".lock").open("w") as file:
+    with beside(folder, "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is changing it; wait until it has finished") from None
         recover(folder)
-        yield
+        yield folder
 
 
 def recover(folder: Path) -> None:

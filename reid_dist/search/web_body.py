@@ -4,23 +4,21 @@ import anyio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-# Ten megabytes through a slow telephone; who sends slower holds a connection for nothing.
-_MAX_SECONDS = 120.0
 
-
-async def read_body(request: Request, limit: int) -> bytes | Response:
+async def read_body(request: Request, limit: int, seconds: float) -> bytes | Response:
     """All of the body, or the answer that refuses it.
 
     Args:
         request: of which nothing was read yet.
         limit: bytes; what is beyond is neither kept nor waited for.
+        seconds: after which it must have arrived; who sends slower holds a connection for nothing.
     """
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal() or int(announced) > limit:
         return _too_large(limit)
     body = bytearray()
     try:
-        with anyio.fail_after(_MAX_SECONDS):
+        with anyio.fail_after(seconds):
             async for part in request.stream():
                 body += part
                 if len(body) > limit:

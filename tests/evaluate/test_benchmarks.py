@@ -23,6 +23,10 @@ def test_names_folders_and_addresses(world: Path, tmp_path: Path, monkeypatch: p
     assert list(open_sets([str(world / "cuhk_pedes")], "/nowhere")) == ["cuhk_pedes"]
     monkeypatch.chdir(world)
     assert open_sets(["./cuhk_pedes"], "elsewhere")["cuhk_pedes"].location == str(world / "cuhk_pedes")
+    monkeypatch.chdir(world / "cuhk_pedes")
+    assert list(open_sets(["."], str(world))) == ["."]
+    with pytest.raises(UserError, match="--benchmarks '': no such shard set"):
+        open_sets([""], str(world))
 
 
 def test_two_sets_of_one_name_are_told_apart(tmp_path: Path, write_set: Callable[..., Path]) -> None:
@@ -35,6 +39,13 @@ def test_wrong_names_name_what_there_is(world: Path, tmp_path: Path) -> None:
         open_sets(["cuhk"], str(world))
     with pytest.raises(UserError, match="holds no shard sets; name their folder: --data"):
         open_sets(["cuhk"], str(tmp_path))
+    for nothing in ("", ".", "./", "x" * 5000):
+        with pytest.raises(UserError, match=r"no such shard set.*; sets in .*: cuhk_pedes, market1501$") as caught:
+            open_sets([nothing], str(world))
+        assert "remove" not in str(caught.value)
+    (tmp_path / "begun").mkdir()
+    with pytest.raises(UserError, match=r"begun: no such shard set, as .*begun has no manifest\.json"):
+        open_sets(["begun"], str(tmp_path))
     for again in ("cuhk_pedes", str(world / "cuhk_pedes")):
         with pytest.raises(UserError, match="stands twice"):
             open_sets(["cuhk_pedes", again], str(world))
@@ -56,10 +67,19 @@ def test_tasks_are_those_that_the_set_allows(tmp_path: Path, write_set: Callable
 
 
 def test_sets_without_anything_to_get_wrong_or_right(tmp_path: Path, write_set: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match="split test is one image: any answer would be right"):
+    one = "has a gallery of one identity, so that any answer would be right"
+    with pytest.raises(UserError, match=f"^toy: split test: t2i {one}; i2t {one}; choose another split or set$"):
         chosen(write_set(tmp_path / "one", PEDES[:1]))
-    with pytest.raises(UserError, match="split test is 2 images of one identity"):
+    with pytest.raises(UserError, match=f"split test: i2i {one}; choose another"):
         chosen(write_set(tmp_path / "identity", MARKET[:2]))
+    # Two are asked for, and the gallery of that task alone is of one.
+    gallery = write_set(tmp_path / "gallery", [*MARKET[:2], ("b", 0, "query", ["red"]), ("a", 0, "query", ["blue"])])
+    with pytest.raises(UserError, match=f"i2i {one}; --tasks t2i i2t scores the rest"):
+        chosen(gallery)
+    described = write_set(tmp_path / "described", [*PEDES[:1], ("b", -1, "gallery", []), ("c", -1, "gallery", [])])
+    with pytest.raises(UserError, match=f"i2t {one}; --tasks t2i scores the rest"):
+        chosen(described)
+    assert chosen(gallery, ("i2t", "t2i")) == ("t2i", "i2t") and chosen(described, ("t2i",)) == ("t2i",)
     same_camera = [(pid, 0, role, ["red"]) for pid in "ab" for role in ("query", "gallery")]
     folder = write_set(tmp_path / "camera", same_camera)
     with pytest.raises(UserError, match=r"asked for by one camera and seen by another.*; --tasks t2i i2t scores"):

@@ -1,7 +1,9 @@
 """A whole evaluation of tiny runs: what is scored, what is read, what is refused, on any number of ranks."""
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from reid_dist.evaluate import scoring
 from reid_dist.evaluate.command import Request, evaluate
 from reid_dist.evaluation.ranking import Retrieval, rank_metrics, rank_queries, summarise
 from reid_dist.evaluation.reranking.neighbour_jaccard import neighbour_jaccard
+from reid_dist.evaluation.similarity import QUERY_BLOCK
+from reid_dist.report.page import require_page
 
 NewRun = Callable[..., Path]
 BOTH = ("cuhk_pedes", "market1501")
@@ -72,6 +76,8 @@ def test_a_recorded_score_is_read_and_said_to_be(
     assert evaluate(Request([run], ["market1501"])).rows[0].metrics["mAP"] == 99
     again = evaluate(Request([run], BOTH, again=True))
     assert [row.metrics for row in again.rows] == [row.metrics for row in first.rows]
+    (told,) = [note for note in again.notes if "other numbers than those recorded" in note]
+    assert told.startswith("run/t2i on market1501") and "another batch size, kind of device or library" in told
     assert any("other numbers than those recorded" in note for note in again.notes)
 
     def fail(*_: object) -> None:
@@ -137,17 +143,42 @@ def test_results_for_machines(new_run: NewRun, tmp_path: Path) -> None:
     assert mean == pytest.approx(sum(values) / 2)
 
 
-def numbers(run: Path, out: Path) -> int:
-    return main([str(run), "--benchmarks", *BOTH, "--rerank", "jaccard", "k_reciprocal:k1=4,k2=2", "--json", str(out)])
+def test_of_equal_seeds_there_is_a_note_and_no_mean(new_run: NewRun, tmp_path: Path) -> None:
+    run, out = new_run("a"), tmp_path / "out.json"
+    shutil.copytree(run, tmp_path / "b")
+    evaluate(Request([run, tmp_path / "b"], ["market1501"], json=out))
+    found = json.loads(out.read_text())
+    assert found["seeds"] == [] and any("a/t2i, b/t2i: " in note and "no mean" in note for note in found["notes"])
 
 
-def test_one_two_and_four_ranks_give_the_same_bits(new_run: NewRun, run_ranks: Any, tmp_path: Path) -> None:
+def numbers(run: Path, benchmark: Path, out: Path) -> int:
+    rerankings = ["--rerank", "jaccard", "k_reciprocal:k1=4,k2=2"]
+    return main([str(run), "--benchmarks", str(benchmark), *rerankings, "--json", str(out)])
+
+
+@pytest.fixture
+def many_captions(write_set: Callable[..., Path], tmp_path: Path) -> Path:
+    """All three tasks; more captions than a block of queries, and than a block of the encoder."""
+    words = "red", "blue", "coat", "black", "white", "shirt", "bag", "shoes"
+    images = [(pid, camera) for pid in "abcdef" for camera in (0, 1, 2)]
+    sentences = [f"{x} {y} {z}" for x in words for y in words for z in words][::17]
+    entries = [
+        (pid, camera, "query" if camera == 0 else "gallery", [f"{words[place % 8]} {each}" for each in sentences])
+        for place, (pid, camera) in enumerate(images)
+    ]
+    return write_set(tmp_path / "many", entries)
+
+
+def test_one_two_and_four_ranks_give_the_same_bits(
+    new_run: NewRun, many_captions: Path, run_ranks: Any, tmp_path: Path
+) -> None:
     found = []
     for ranks in (1, 2, 4):
         run, out = new_run(f"run{ranks}"), tmp_path / f"{ranks}.json"
-        assert set(run_ranks(ranks, numbers, run, out)) == {0}
+        assert set(run_ranks(ranks, numbers, run, many_captions, out)) == {0}
         results = json.loads(out.read_text())
         assert results["ranks"] == ranks and not any(each["was_recorded"] for each in results["results"])
+        assert results["results"][0]["queries"] > QUERY_BLOCK  # no single rank has all blocks
         found.append([(each["metrics"], each["tied"], each["reranking"]) for each in results["results"]])
     assert found[0] == found[1] == found[2] and len(found[0]) == 9
 
@@ -248,7 +279,15 @@ def test_a_caption_of_a_thousand_words_is_a_caption(
         (["--benchmarks", "market1501", "--batch-size", "0"], "--batch-size 0: at least 1"),
         (["--benchmarks", "market1501", "--json", "/"], "--json /"),
         (["--benchmarks", "market1501", "--json", "/dev/null/out.json"], "nothing can be written in /dev/null"),
+        (["--benchmarks", "market1501", "--json", f"{300 * 'x'}.json"], "the name is too long; name another place"),
+        (["--benchmarks", "market1501", "--json", f"/tmp/{240 * 'x'}.json"], "the name is too long"),
+        (["--benchmarks", "market1501", "--report", f"{300 * 'x'}/report"], "the name is too long"),
+        (["--benchmarks", "market1501", "--report", "new", "--json", "new/out.json"], "which has its own results.json"),
         (["--benchmarks", "market1501", "--report", "/dev/null"], "--report /dev/null: is no folder"),
+        (["--benchmarks", "market1501", "--report", "/"], "--report /: holds something else"),
+        (["--benchmarks", ""], "--benchmarks '': no such shard set; sets in"),
+        (["--benchmarks", 5000 * "x"], ": no such shard set; sets in"),
+        ([5000 * "x", "--benchmarks", "market1501"], ": no such folder"),
         (["more", "--benchmarks", "market1501"], "more: no such folder"),
     ],
 )
@@ -261,16 +300,53 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert said.out == "" and not (run / "t2i" / "evaluation").exists()
 
 
-def test_a_report_is_written_from_fresh_scores(new_run: NewRun, tmp_path: Path, monkeypatch: Any) -> None:
-    run, seen = new_run("run"), {}
-    evaluate(Request([run], BOTH))
+def test_a_report_is_written_from_fresh_scores(new_run: NewRun, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra [plot] is not installed")
+    run, folder = new_run("run"), tmp_path / "page"
+    evaluate(Request([run], ["market1501"]))
+    arguments = [str(run), "--benchmarks", "market1501", "--report", str(folder)]
+    assert main([*arguments, "--json", str(folder / "results.json")]) == 0
+    require_page(folder)  # the results are of the report: no reason to refuse it
+    (found,) = json.loads((folder / "results.json").read_text())["results"]
+    assert not found["was_recorded"]
+    shown = (folder / "report.md").read_text()
+    assert "# Evaluation on market1501" in shown and f"| {found['metrics']['mAP']:.1f} |" in shown
+    assert shown.count("ties pessimistic") == 1  # one table of scores, one note
 
-    def write_page(folder: Path, title: str, sections: Any, tables: Any, about: Any) -> None:
-        seen.update(folder=folder, title=title, sections=list(sections), about=about)
 
-    monkeypatch.setattr("reid_dist.evaluate.command.write_page", write_page)
-    evaluate(Request([run], BOTH, report=tmp_path / "page"))
-    assert seen["folder"] == tmp_path / "page" and "cuhk_pedes, market1501" in seen["title"]
-    kinds = [[result.kind for result in section.results] for section in seen["sections"]]
-    assert kinds == [["t2i", "i2t"], ["i2i"]]
-    assert [section.name for section in seen["sections"]] == ["cuhk_pedes (test)", "market1501 (test)"]
+class FakePage:
+    """Keeps nothing of a section, so that the test sees whether anybody else does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.kinds: list[list[str]] = []
+
+    def __enter__(self) -> "FakePage":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add(self, section: Any) -> None:
+        self.kinds.append([result.kind for result in section.results])
+
+    def finish(self, title: str, tables: Any, about: Any, results: Any) -> None:
+        assert self.kinds == [["t2i", "i2t"], ["i2i"]] * 2 and "weights of a/t2i" in about
+        assert len(results["results"]) == 6 and "ties pessimistic" in tables[0].note
+
+
+def test_a_report_has_the_features_of_one_section_at_a_time(new_run: NewRun, tmp_path: Path, monkeypatch: Any) -> None:
+    encoded: list[weakref.ref] = []
+    extract = scoring.extract_benchmark
+
+    def extract_alone(*arguments: Any) -> Any:
+        gc.collect()
+        assert not [each for each in encoded if each() is not None]
+        features = extract(*arguments)
+        encoded.append(weakref.ref(features))
+        return features
+
+    monkeypatch.setattr(scoring, "extract_benchmark", extract_alone)
+    monkeypatch.setattr("reid_dist.evaluate.command.Page", FakePage)
+    monkeypatch.setattr("reid_dist.evaluate.command.require_page", lambda folder: None)
+    evaluate(Request([new_run("a"), new_run("b", "seed=1")], BOTH, report=tmp_path / "page"))
+    assert len(encoded) == 4

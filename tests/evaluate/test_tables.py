@@ -12,9 +12,17 @@ from reid_dist.evaluate.benchmarks import Benchmark
 from reid_dist.evaluate.candidates import Candidate
 from reid_dist.evaluate.records import Row
 from reid_dist.evaluate.selection import Criterion, parse_criterion, select
-from reid_dist.evaluate.tables import as_text, matrix_tables, score_tables, seed_means, seed_table, selection_table
+from reid_dist.evaluate.tables import (
+    matrix_tables,
+    score_tables,
+    seed_means,
+    seed_notes,
+    seed_table,
+    selection_table,
+)
 from reid_dist.evaluate.training_data import TrainingData
 from reid_dist.evaluation.reranking.choice import NeighbourJaccard
+from reid_dist.report.document import as_html, as_text
 
 
 def row(model: str, benchmark: str, r1: float, mean_ap: float = 10.0, task: Any = "t2i", way: Any = None) -> Row:
@@ -44,7 +52,11 @@ def test_mean_and_deviation_over_seeds() -> None:
     assert re_ranked.row.reranking == NeighbourJaccard() and re_ranked.std["R1"] == 0
     (table,) = seed_table([plain])
     assert table.rows[0][4] == "34.0 ± 4.6"
-    assert seed_means([candidate("a"), candidate("b")], rows) == []  # twice one seed tells nothing of seeds
+    assert seed_notes(family) == []
+    twice = [candidate("a", 0), candidate("b", 1), candidate("c", 1), candidate("other", 0, "g")]
+    assert seed_means(twice, rows) == []  # twice one seed tells nothing of seeds
+    (note,) = seed_notes(twice)
+    assert note.startswith("a, b, c: ") and "(0, 1, 1) there is no mean" in note
     assert seed_means([candidate("a", 0, None), candidate("b", 1, None)], rows) == [] == seed_table([])
 
 
@@ -67,7 +79,22 @@ def test_the_best_mean_is_chosen_and_of_equal_ones_the_first() -> None:
     better = [*rows[:3], replace(rows[3], metrics=rows[3].metrics | {"mAP": 31.0})]
     selection = select(better, Criterion("t2i", "mAP"))
     assert selection.chosen == "b"
-    assert "| b     |          35.50 | chosen |" in as_text(selection_table(selection))
+    assert "| b     | chosen |          35.50 |" in as_text(selection_table(selection))
+
+
+def test_columns_of_text_are_text_in_the_report(world: Path) -> None:
+    sets = [Benchmark(name, ShardSet(world / "market1501"), "test", ("t2i",)) for name in "xy"]
+    models = [candidate("a", 0), candidate("b", 1)]
+    rows = [row(model.name, each.name, 12.3) for model in models for each in sets]
+    tables = [*score_tables(rows), *seed_table(seed_means(models, rows)), *matrix_tables(models, sets, rows)]
+    tables.append(selection_table(select(rows, Criterion("t2i", "mAP"))))
+    assert [table.texts for table in tables] == [4, 4, 2, 2]
+    for table in tables:
+        shown = as_html("t", [table])
+        for name, is_number in zip(table.head, (place >= table.texts for place in range(99)), strict=False):
+            assert f'<th class="{"number" if is_number else "text"}">{name}</th>' in shown
+            cells = [line[list(table.head).index(name)] for line in table.rows]
+            assert is_number == all(cell[0].isdigit() for cell in cells if cell), name
 
 
 def test_a_criterion_is_task_and_metric() -> None:

@@ -43,6 +43,24 @@ def test_a_second_export_replaces_the_first(run: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"README.md", "export.json", "model.pt"}
 
 
+def test_the_folder_one_is_in_and_links_are_written_to(run: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    arguments = [str(run / "t2i"), "--format", "torch", "--out"]
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main([*arguments, "."]) == 0
+    said = capsys.readouterr().out
+    assert str(tmp_path / "empty") in said and "model.pt" in said and "enter it again: cd ." in said
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "link"]) == 0 == main([*arguments, "link/../empty/"])
+    assert "enter it again" not in capsys.readouterr().out
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "link" / "model.pt").is_file()
+    (tmp_path / "dangling").symlink_to("new")
+    assert main([*arguments, "dangling"]) == 0
+    assert (tmp_path / "dangling").is_symlink() and (tmp_path / "new" / "model.pt").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "empty", "link", "new"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -59,7 +77,7 @@ def test_wrong_input_gets_one_line_and_nothing_is_written(
     assert main([places.get(each, each) for each in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
-    assert not (tmp_path / "deep" / "out").exists() and not list(tmp_path.rglob("*.partial"))
+    assert not (tmp_path / "deep" / "out").exists() and not list(tmp_path.rglob(".out*"))
     assert load(run / "t2i")
 
 

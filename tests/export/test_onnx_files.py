@@ -57,7 +57,7 @@ def test_onnxruntime_gives_the_features_of_torch(written: tuple[TrainedModel, Pa
         arrays = [image.permute(1, 2, 0).numpy() for image in image_NCHW]
         found = dict(zip(notes["image"]["outputs"], run(folder, "image", image_NCHW), strict=True))
         expected = {"feature": model.encode_image(arrays, "t2i"), "feature_i2i": model.encode_image(arrays, "i2i")}
-        assert set(found) == {"feature", "feature_i2i"} if model.encoder.has_i2i_token else {"feature"}
+        assert set(found) == ({"feature", "feature_i2i"} if model.encoder.has_i2i_token else {"feature"})
         for name in found:
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-4)
         (text,) = run(folder, "text", model.tokenizer(SENTENCES[:count]))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reid_dist.distributed import rank
 from reid_dist.errors import UserError
+from reid_dist.files import aside
 from reid_dist.kernels.contrastive import EMPTY
 from reid_dist.models.queue import FeatureQueue
 
@@ -221,7 +222,7 @@ def test_another_feature_size_is_refused(tmp_path: Path) -> None:
 def test_a_save_replaces_the_one_before_and_what_a_killed_one_left(tmp_path: Path) -> None:
     folder = tmp_path / "queue"
     first, second = filled(5, 3), filled(5, 9)
-    for name in ("queue.partial", "queue.old"):
+    for name in ("queue.partial", aside(folder).name):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rest").write_text("left over")
     first.save(folder, 1)

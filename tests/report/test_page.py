@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from reid_dist.evaluation.benchmark import TASKS, extract_benchmark, score_task
 from reid_dist.evaluation.reranking.choice import NeighbourJaccard
 from reid_dist.models.dual_encoder import DualEncoder
 from reid_dist.report import figures
-from reid_dist.report.page import Section, Table, require_page, write_page
+from reid_dist.report.document import Table
+from reid_dist.report.page import Page, require_page
+from reid_dist.report.section import Section
 from tests.test_trained import SIZE, make
 
 pytest.importorskip("matplotlib", reason="the extra [plot] is not installed")
@@ -57,6 +59,13 @@ def small(section: Section) -> Section:
     return replace(section, results=section.results[:1], encoder=None)
 
 
+def write_page(folder: Path, title: str, sections: Iterable[Section], tables: Iterable[Table] = ()) -> None:
+    with Page(folder) as page:
+        for section in sections:
+            page.add(section)
+        page.finish(title, list(tables), {"weights": "abc"}, {"results": [title]})
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -64,8 +73,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_page_has_everything(tmp_path: Path, section: Section) -> None:
     folder = tmp_path / "new" / "report"
     table = Table(("trained on", HOSTILE), [["x", "1.0"]], title="Cross-domain")
-    write_page(folder, f"Evaluation {HOSTILE}", iter([section]), [table], {"weights": "abc"})
-    assert sorted(path.name for path in folder.iterdir()) == ["pictures", "report.html", "report.md"]
+    write_page(folder, f"Evaluation {HOSTILE}", [section], [table])
+    assert sorted(path.name for path in folder.iterdir()) == ["pictures", "report.html", "report.md", "results.json"]
+    assert json.loads((folder / "results.json").read_text()) == {"results": [f"Evaluation {HOSTILE}"]}
     assert [path.name for path in folder.parent.iterdir()] == ["report"]
     html, markdown = (folder / "report.html").read_text(), (folder / "report.md").read_text()
     assert "<script" not in html and "<script" not in markdown
@@ -126,6 +136,7 @@ def test_only_a_report_is_replaced(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "report.html").touch()
+    (photos / "results.json").touch()
     require_page(photos)
     (photos / "holiday.jpg").touch()
     with pytest.raises(UserError, match=r"--report .*photos: holds something else than a report"):

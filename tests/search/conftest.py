@@ -26,14 +26,19 @@ ARCHITECTURE = {
 }
 
 
-def make_export(folder: Path, seed: int = 0) -> Path:
+def make_export(folder: Path, seed: int = 0, dual_token: bool = False) -> Path:
     """A run's folder with the export of a random encoder."""
     folder.mkdir(parents=True)
     architecture = folder / "source.json"
     architecture.write_text(json.dumps(ARCHITECTURE))
     (folder / "words.txt").write_text("\n".join(WORDS) + "\n")
     config = ModelConfig.model_validate(
-        {"architecture": str(architecture), "image_size": SIZE, "vocabulary": str(folder / "words.txt")}
+        {
+            "architecture": str(architecture),
+            "image_size": SIZE,
+            "vocabulary": str(folder / "words.txt"),
+            "dual_token": dual_token,
+        }
     )
     torch.manual_seed(seed)
     encoder = build_dual_encoder(config)
@@ -64,8 +69,10 @@ def write_photos(folder: Path, people: int, shots: int) -> Path:
     return folder
 
 
-def write_shards(folder: Path, people: int, shots: int, captions: list[str], split: str = "val") -> Path:
-    """A shard set of people 100, 101 ... in one tar."""
+def write_shards(
+    folder: Path, people: int, shots: int, captions: list[str], split: str = "val", told: int = 10**6
+) -> Path:
+    """A shard set of people 100, 101 ... in one tar; the first `told` images have the captions."""
     folder.mkdir(parents=True)
     index = np.zeros(people * shots, INDEX_DTYPE)
     identities = [f"toy:{100 + person}" for person in range(people)]
@@ -73,16 +80,16 @@ def write_shards(folder: Path, people: int, shots: int, captions: list[str], spl
         for row in range(len(index)):
             buffer = io.BytesIO()
             picture(100 + row // shots, row).save(buffer, "PNG")
-            image = buffer.getvalue()
+            image, own = buffer.getvalue(), captions if row < told else []
             sample = Sample(
                 dataset="toy", pid=identities[row // shots], camid=row % 3 - 1, split=split, role="gallery",
-                captions=captions, source=f"{row}.png", width=20, height=40, sha256="0" * 64,
+                captions=own, source=f"{row}.png", width=20, height=40, sha256="0" * 64,
             )  # fmt: skip
             record = sample.model_dump_json().encode()
             places = [_add(tar, f"{row:06d}.{kind}", data) for kind, data in (("jpg", image), ("json", record))]
             index[row] = (
                 *(0, places[0], len(image), places[1], len(record), content_digest(image), content_digest(record)),
-                *(row // shots, row % 3 - 1, SPLITS.index(split), ROLES.index("gallery"), len(captions)),
+                *(row // shots, row % 3 - 1, SPLITS.index(split), ROLES.index("gallery"), len(own)),
             )
     size = (folder / "toy-000000.tar").stat().st_size
     shard = {"name": "toy-000000.tar", "sha256": "0" * 64, "bytes": size, "samples": len(index)}

@@ -23,7 +23,7 @@ HOSTILE = '<img src=x onerror="document.title=1">'
 PHOTOS = 8
 
 
-def make_index(folder: Path) -> Path:
+def make_index(folder: Path, odd_names: bool = False) -> Path:
     """Photographs of one colour each; `folder/run` holds the model, `folder/photos` the photographs."""
     run = make("vit", folder)[2]
     photos, random = folder / "photos", np.random.default_rng(0)
@@ -36,6 +36,8 @@ def make_index(folder: Path) -> Path:
         rows[-1].append(f"2026-05-0{1 + number}T12:30:00")
     with (photos / "metadata.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["file", "person", "camera", "date"], *rows])
+    if odd_names:
+        (photos / "7.png").rename(photos / "odd \udcff\udcfe.png")  # bytes that are not UTF-8
     add([load(run, "cpu")], list_source(str(photos)), folder / "photos.index")
     return folder / "photos.index"
 

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from reid_dist.data.reader import ShardSet
 from reid_dist.errors import UserError
+from reid_dist.files import aside
 from reid_dist.search import change, encoding, lists, store
 from reid_dist.search.change import add, delete
 from reid_dist.search.encoding import read_chunk
@@ -19,8 +22,10 @@ from reid_dist.search.entries import Entry, Filter
 from reid_dist.search.index import PhotoIndex
 from reid_dist.search.sources import list_source
 from reid_dist.trained import TrainedModel, load
-from tests.search.conftest import make_export, picture, write_photos
+from tests.search.conftest import make_export, picture, write_photos, write_shards
 from tests.search.vectors import clustered, described, write
+
+LOCK = ".photos.index.reid_dist-lock"
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +73,7 @@ def test_an_index_holds_every_photograph_with_what_is_known_of_it(
     expected = search_model.encode_image([entry.file for entry in index.entries]).numpy()
     np.testing.assert_allclose(index.vectors_ND, expected, atol=1e-3)
     assert [hit.row for hit in index.search(expected[7], 1)] == [7]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos.index", "photos.index.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "photos.index"]
 
 
 def test_devices_share_the_chunks_and_change_nothing(
@@ -117,6 +122,7 @@ def test_killed_at_any_chunk_and_started_again_gives_exactly_the_same_index(
     folder = tmp_path / "photos.index"
 
     def write_or_die(path: Path, chunk: encoding.Chunk) -> None:
+        path.parent.mkdir(exist_ok=True)
         if len(list(path.parent.glob("*.npz"))) == killed_at:
             path.with_suffix(".partial").write_bytes(b"half a chunk")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -139,7 +145,7 @@ def test_killed_at_any_chunk_and_started_again_gives_exactly_the_same_index(
     add([search_model], listing, folder)
     assert sum(encoded) == len(listing.entries) - min(6 * kept, 20)
     assert contents(folder) == contents(tmp_path / "whole")
-    assert not store.work_folder(folder).exists() and not folder.with_name("photos.index.partial").exists()
+    assert not store.work_folder(folder).exists() and not store._partial(folder).exists()
 
 
 def test_a_damaged_chunk_is_made_again(search_model: TrainedModel, photos: Path, tmp_path: Path) -> None:
@@ -208,8 +214,8 @@ def test_of_what_is_deleted_no_byte_stays(where: Filter, files: list[str], many:
     # What a killed indexing and a killed deletion left holds it too.
     store.work_folder(folder).mkdir()
     (store.work_folder(folder) / "chunk.npz").write_bytes(half_D.tobytes())
-    shutil.copytree(folder, folder.with_name("photos.index.old"))
-    shutil.copytree(folder, folder.with_name("photos.index.partial"))
+    shutil.copytree(folder, aside(folder))
+    shutil.copytree(folder, store._partial(folder))
     assert all(any(secret in data for data in around(folder).values()) for secret in (secrets[0], b"secret"))
     gone = delete(folder, where, files)
     assert [entry.person for entry in gone] == ["secret-person"]
@@ -245,13 +251,13 @@ def test_killed_between_the_two_renames_the_former_index_comes_back(tmp_path: Pa
     folder = tmp_path / "photos.index"
     write(folder, clustered(30, 4, people=3))
     before = contents(folder)
-    folder.rename(tmp_path / "photos.index.old")
-    shutil.copytree(tmp_path / "photos.index.old", tmp_path / "photos.index.partial")
-    with pytest.raises(UserError, match=r"no index.*was killed, rename .*photos\.index\.old back"):
+    folder.rename(aside(folder))
+    shutil.copytree(aside(folder), store._partial(folder))
+    with pytest.raises(UserError, match=r"no index.*was killed, rename .*\.photos\.index\.reid_dist-old back"):
         PhotoIndex.open(folder)
     with store.changing(folder):
         assert contents(folder) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos.index", "photos.index.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "photos.index"]
 
 
 def test_what_cannot_be_removed_is_an_error_and_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,22 +268,22 @@ def test_what_cannot_be_removed_is_an_error_and_not_forgotten(tmp_path: Path, mo
     def refuse(path: Path, ignore_errors: bool = False) -> None:
         if ignore_errors:
             return
-        if path.name.endswith(".old"):
+        if path == aside(folder):
             raise PermissionError(f"{path}: not permitted")
         real(path)
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    with pytest.raises(PermissionError, match=r"\.old: not permitted"):
+    with pytest.raises(PermissionError, match="-old: not permitted"):
         delete(folder, Filter(person="person 1"))
     monkeypatch.undo()
     with store.changing(folder):
-        assert not folder.with_name("photos.index.old").exists()
+        assert not aside(folder).exists()
 
 
 def test_two_processes_do_not_change_one_index(tmp_path: Path) -> None:
     folder = tmp_path / "photos.index"
     write(folder, clustered(30, 4, people=3))
-    with (tmp_path / "photos.index.lock").open("w") as file:
+    with (tmp_path / LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is changing it"):
             delete(folder, Filter(person="person 1"))
@@ -300,15 +306,15 @@ def test_unreadable_photographs_end_it_or_are_left_out_and_counted(search_model:
     with pytest.raises(UserError, match=r"p0/2\.png: the image does not decode.*--max-bad-fraction"):
         add([search_model], list_source(str(photos)), folder)
     assert not folder.exists()
-    added = add([search_model], list_source(str(photos)), folder, max_bad_fraction=0.1)
-    assert (added.new, added.bad) == (9, 1)
-    (photos / "p1" / "0.png").write_bytes(b"")
-    os.utime(photos / "p1" / "0.png", (1, 1))
+    for new, kept in ((9, 0), (0, 9)):  # the same command again says the same of the same source
+        added = add([search_model], list_source(str(photos)), folder, max_bad_fraction=0.1)
+        assert (added.new, added.kept, added.bad) == (new, kept, 1)
     for file in photos.rglob("*.png"):
         file.write_bytes(b"")
     with pytest.raises(UserError, match="no photograph could be read"):
         add([search_model], list_source(str(photos)), tmp_path / "none.index", max_bad_fraction=1.0)
-    assert not (tmp_path / "none.index").exists()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {LOCK, ".none.index.reid_dist-lock", "album", folder.name}
 
 
 def test_a_model_that_diverged_leaves_no_index(search_run: Path, photos: Path, tmp_path: Path) -> None:
@@ -316,7 +322,7 @@ def test_a_model_that_diverged_leaves_no_index(search_run: Path, photos: Path, t
     next(model.encoder.visual.parameters()).data.fill_(float("nan"))
     with pytest.raises(UserError, match="nan or inf"):
         add([model], list_source(str(photos)), tmp_path / "photos.index")
-    assert not (tmp_path / "photos.index").exists() and not list(tmp_path.rglob("*.npz"))
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_extending_keeps_the_trained_centres(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,3 +344,114 @@ def test_extending_keeps_the_trained_centres(tmp_path: Path, monkeypatch: pytest
     assert not built and added.kept == 900 and index.manifest["lists"]["trained_on"] == 900
     hits = index.search(vector_ND[1].astype(np.float32), 2)
     assert {hit.row for hit in hits} == {1, 901}
+
+
+def test_folders_of_others_beside_an_index_stay(search_model: TrainedModel, tmp_path: Path) -> None:
+    photos, folder = write_photos(tmp_path / "album", people=2, shots=2), tmp_path / "photos.index"
+    for ending in ("old", "partial", "work", "lock"):
+        (tmp_path / f"photos.index.{ending}").mkdir()
+        (tmp_path / f"photos.index.{ending}" / "diary").write_text("mine")
+    add([search_model], list_source(str(photos)), folder)
+    picture(7, 7).save(photos / "new.png")
+    add([search_model], list_source(str(photos)), folder)
+    delete(folder, Filter(person="person-0"))
+    assert [path.read_text() for path in sorted(tmp_path.glob("photos.index.*/diary"))] == ["mine"] * 4
+
+
+def test_a_link_to_an_index_and_a_dot_mean_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    folder, link = tmp_path / "disk" / "photos.index", tmp_path / "link.index"
+    vector_ND = clustered(30, 4, people=3)
+    write(folder, vector_ND)
+    link.symlink_to(folder)
+    gone = vector_ND[1].tobytes()
+    assert len(delete(link, Filter(person="person 1"))) == 5
+    assert link.is_symlink() and sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link.index"]
+    assert not [name for name, data in around(folder).items() if gone in data or b"/photos/1.jpg" in data]
+    assert len(PhotoIndex.open(link).entries) == len(PhotoIndex.open(folder).entries) == 25
+    monkeypatch.chdir(folder)
+    assert len(delete(Path(), Filter(person="person 2"))) == 4
+    assert len(PhotoIndex.open(folder).entries) == 21
+    assert sorted(path.name for path in folder.parent.iterdir()) == [LOCK, "photos.index"]
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_what_an_unfinished_indexing_encoded_is_deleted_whatever_matches(
+    indexed: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos.index"
+    if indexed:
+        write(folder, clustered(30, 4, people=3))
+    work = store.work_folder(folder)
+    work.mkdir()
+    (work / "chunk.npz").write_bytes(b"secret")
+    message = "nothing deleted" if indexed else "no index; make one"
+    for dry in (True, False):
+        with pytest.raises(UserError, match=message):
+            delete(folder, Filter(), ["/photos/secret.jpg"], dry=dry)
+        assert work.exists() == dry
+        assert f"had encoded {'would be' if dry else 'was'} removed" in capfd.readouterr().err
+    assert not [name for name, data in around(folder).items() if b"secret" in data]
+
+
+def test_photographs_that_left_their_shard_set_are_missing(search_model: TrainedModel, tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", people=2, shots=3, captions=[])
+    folder = tmp_path / "photos.index"
+    add([search_model], list_source(str(shards)), folder)
+    with pytest.raises(UserError, match="nothing deleted"):
+        delete(folder, Filter(), missing=True)
+    fewer = write_shards(tmp_path / "fewer", people=1, shots=3, captions=[])
+    for file in fewer.iterdir():
+        (shards / file.name).write_bytes(file.read_bytes())
+    assert len(ShardSet(shards)) == 3
+    gone = delete(folder, Filter(), missing=True)
+    assert [entry.person for entry in gone] == ["toy:101"] * 3 and len(PhotoIndex.open(folder).entries) == 3
+    (shards / "index.npy").unlink()
+    with pytest.raises(UserError, match=r"index\.npy: missing"):  # damaged is not gone
+        delete(folder, Filter(), missing=True)
+    (shards / "manifest.json").unlink()
+    assert len(delete(folder, Filter(), missing=True)) == 3
+
+
+def test_a_date_that_the_metadata_take_back_is_gone_or_that_of_the_file(
+    search_model: TrainedModel, tmp_path: Path
+) -> None:
+    photos, folder = tmp_path / "album", tmp_path / "photos.index"
+    photos.mkdir()
+    exif = Image.Exif()
+    exif[0x8769] = {0x9003: "2021:07:08 09:10:11"}
+    picture(0, 0).save(photos / "dated.jpg", exif=exif)
+    picture(1, 1).save(photos / "plain.jpg")
+    for given, expected in (
+        (("2024", "2024"), ("2024", "2024")),
+        (("", ""), ("2021-07-08T09:10:11", None)),
+        (("2023", "2023"), ("2023", "2023")),
+        (None, ("2021-07-08T09:10:11", None)),
+    ):
+        (photos / "metadata.csv").unlink(missing_ok=True)
+        if given is not None:
+            (photos / "metadata.csv").write_text(f"file,date\ndated.jpg,{given[0]}\nplain.jpg,{given[1]}\n")
+        add([search_model], list_source(str(photos)), folder)
+        assert tuple(entry.date for entry in PhotoIndex.open(folder).entries) == expected, given
+
+
+def test_where_a_model_moved_is_remembered_when_nothing_is_new(photos: Path, tmp_path: Path) -> None:
+    folder, run = tmp_path / "photos.index", make_export(tmp_path / "run")
+    add([load(run, "cpu")], list_source(str(photos)), folder)
+    before = contents(folder)
+    run.rename(tmp_path / "moved")
+    added = add([load(tmp_path / "moved", "cpu")], list_source(str(photos)), folder)
+    index, after = PhotoIndex.open(folder), contents(folder)
+    assert added.new == 0 and index.model_path == str(tmp_path / "moved" / "export")
+    assert before.pop("manifest.json") != after.pop("manifest.json") and before == after
+
+
+def test_what_is_no_regular_file_counts_as_unreadable(search_model: TrainedModel, tmp_path: Path) -> None:
+    photos, folder = write_photos(tmp_path / "album", people=2, shots=4), tmp_path / "photos.index"
+    (photos / "nowhere.jpg").symlink_to("/nowhere.jpg")
+    (photos / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(photos / "pipe.webp")
+    with pytest.raises(UserError, match=r"nowhere\.jpg: cannot be read \(No such file.*--max-bad-fraction"):
+        add([search_model], list_source(str(photos)), folder)
+    added = add([search_model], list_source(str(photos)), folder, max_bad_fraction=0.3)
+    assert (added.new, added.bad) == (8, 3)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from reid_dist.errors import UserError
+from reid_dist.files import aside
 from reid_dist.search import index as index_module
 from reid_dist.search import lists
+from reid_dist.search.change import delete
 from reid_dist.search.entries import Filter
-from reid_dist.search.index import PhotoIndex
+from reid_dist.search.index import PhotoIndex, unknown
 from tests.search.vectors import clustered, described, exact, passing, write
 
 FILTERS = [None, Filter(), Filter(person="person 3"), Filter("person 1", "camera 2"), Filter(person="nobody")]
@@ -127,6 +129,56 @@ def test_an_open_index_knows_when_it_is_out_of_date(tmp_path: Path) -> None:
     assert not index.current and PhotoIndex.open(folder).current
     os.rename(folder, tmp_path / "elsewhere")
     assert not index.current
+
+
+@pytest.mark.parametrize("limit", [10, 1000])
+@pytest.mark.parametrize("moment", ["read_manifest", "_check_files", "Entries"])
+def test_an_index_that_changes_while_it_is_opened_is_opened_again(
+    moment: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lists, "FLAT_LIMIT", limit)
+    monkeypatch.setattr(index_module, "_PAUSE", 0.0)
+    folder, vector_ND, real = tmp_path / "photos.index", clustered(50, 4, people=2), getattr(index_module, moment)
+    write(folder, vector_ND)
+
+    def and_then_it_changes(*arguments: object) -> object:
+        found = real(*arguments)
+        monkeypatch.setattr(index_module, moment, real)
+        delete(folder, Filter(person="person 1"))
+        return found
+
+    monkeypatch.setattr(index_module, moment, and_then_it_changes)
+    index = PhotoIndex.open(folder)
+    assert index.manifest["photographs"] == len(index.entries) == len(index.vectors_ND) == 43 and index.current
+    # What is open stays what it is, the lists too.
+    delete(folder, Filter(person="person 2"))
+    assert {hit.row for hit in index.search(vector_ND[0].astype(np.float32), 43)} == set(range(43))
+    assert not index.current
+
+
+def test_between_the_two_renames_of_a_change_opening_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "photos.index"
+    write(folder, clustered(6, 4, people=2))
+    folder.rename(aside(folder))
+    monkeypatch.setattr(index_module.time, "sleep", lambda _: aside(folder).rename(folder))
+    assert len(PhotoIndex.open(folder).entries) == 6
+
+
+def test_an_index_that_never_rests_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "photos.index"
+    write(folder, clustered(6, 4, people=2))
+    monkeypatch.setattr(index_module, "_PAUSE", 0.0)
+    monkeypatch.setattr(PhotoIndex, "current", False)
+    with pytest.raises(UserError, match="another process is changing it"):
+        PhotoIndex.open(folder)
+
+
+def test_unknown_is_below_the_threshold_and_none_without_one(tmp_path: Path) -> None:
+    index = write(tmp_path / "photos.index", clustered(6, 4, people=2))
+    hits = index.search(index.vectors_ND[0].astype(np.float32), 2)
+    best = hits[0].score
+    assert [unknown(hits, threshold) for threshold in (None, best, best + 1e-6)] == [None, False, True]
+    assert unknown([], None) is None and unknown([], 0.5) is False
 
 
 def test_thresholds_are_of_one_kind_and_weight(tmp_path: Path) -> None:

@@ -43,6 +43,19 @@ def test_added_vectors_are_found_beside_the_former(tmp_path: Path) -> None:
         assert row not in opened.candidates(vector_ND[row].astype(np.float32), 5, others)
 
 
+def test_as_many_candidates_as_were_asked_for_come_back(tmp_path: Path) -> None:
+    """Though the lists that are read at first hold fewer; and with a filter all that pass, where they are fewer."""
+    vector_ND = clustered(2000, 12, people=200)
+    opened = read_lists(tmp_path / "lists", build_lists(vector_ND, tmp_path / "lists"))
+    some = np.arange(0, 2000, 3)
+    for query_D in vector_ND[:3].astype(np.float32):
+        for k in (1, 1000, 1990, 2000, 5000):
+            found = opened.candidates(query_D, k, None)
+            assert min(k, 2000) <= len(found) == len(set(found.tolist()))
+            found = opened.candidates(query_D, k, some)
+            assert min(k, len(some)) <= len(found) and set(found.tolist()) <= set(some.tolist())
+
+
 def test_a_full_disk_is_an_oserror() -> None:
     with pytest.raises(OSError, match="/dev/full: cannot be written"):
         build_lists(clustered(600, 8, people=9), Path("/dev/full"))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.search import main
+from launch.search import COMMANDS, main
 from reid_dist.data.reader import ShardSet
 from reid_dist.errors import UserError
+from reid_dist.report.sheet import THUMB_H, THUMB_W
 from reid_dist.search.calibrate import calibrate
 from reid_dist.search.change import add
 from reid_dist.search.index import PhotoIndex
@@ -18,7 +19,7 @@ from reid_dist.search.query import combine, kind_of, load_model
 from reid_dist.search.show import hit_table
 from reid_dist.search.sources import list_source
 from reid_dist.trained import TrainedModel
-from tests.search.conftest import make_export, picture, write_shards
+from tests.search.conftest import make_export, picture, write_photos, write_shards
 
 TEXT = "a person in a red coat"
 
@@ -93,6 +94,11 @@ def test_a_validation_set_must_be_large_enough_and_of_other_people(
     with pytest.raises(UserError, match="10 of its people are in the index too"):
         calibrate(own, search_model, shards, "val", 0.1)
     assert set(calibrate(folder, search_model, shards, "val", 0.1)) == {"image"}  # no captions
+    # 100 pictures suffice for one in a hundred, 40 sentences do not.
+    told = ShardSet(write_shards(tmp_path / "told", people=50, shots=2, captions=[TEXT], told=40))
+    for false_accept, kinds in ((0.01, {"image"}), (0.03, {"image", "text", "both"})):
+        found = calibrate(folder, search_model, told, "val", false_accept)
+        assert set(found) == kinds and all(each.queries * false_accept >= 1 for each in found.values())
     (folder / "manifest.json").write_bytes(before)
 
 
@@ -121,6 +127,44 @@ def test_the_commands_from_indexing_to_deleting(
     assert main(["delete", index, "--person", "person-2"]) == 0
     assert "4 photographs deleted. The image files are where they were" in capfd.readouterr().out
     assert len(PhotoIndex.open(index).entries) == 16
+
+
+def test_a_photograph_that_is_gone_is_a_grey_tile(
+    search_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    photos, index = write_photos(tmp_path / "album", people=2, shots=2), str(tmp_path / "photos.index")
+    assert main(["index", str(search_run), str(photos), "--out", index]) == 0
+    (photos / "p0" / "1.png").unlink()
+    (photos / "p1" / "0.png").write_bytes(b"no image")
+    out, sheet = tmp_path / "hits.json", tmp_path / "hits.png"
+    query = ["query", index, "--image", str(photos / "p0" / "0.png"), "--json", str(out), "--sheet", str(sheet)]
+    capfd.readouterr()
+    assert main(query) == 0
+    notes = capfd.readouterr().err.splitlines()
+    assert len(json.loads(out.read_text())["hits"]) == 4 and sum(line.startswith("note: ") for line in notes) == 2
+    with Image.open(sheet) as drawn:
+        grey = (np.asarray(drawn.convert("RGB")) == 160).all(axis=2).sum() / (THUMB_W * THUMB_H)
+    assert 2 <= grey < 2.1
+
+
+def test_one_kind_of_features_is_told(search_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    photos, dual = write_photos(tmp_path / "album", people=1, shots=2), make_export(tmp_path / "dual", dual_token=True)
+    for run, told in ((search_run, 0), (dual, 1)):
+        assert main(["index", str(run), str(photos), "--out", str(tmp_path / f"{told}.index")]) == 0
+        assert capfd.readouterr().err.count("an index holds those for sentences only") == told
+
+
+@pytest.mark.parametrize(("command", "says"), [("index", "goes on"), ("delete", "left to delete"), ("query", "")])
+def test_an_interruption_says_what_became_of_the_index(
+    command: str, says: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, command, (lambda _: None, interrupt))
+    assert main([command]) == 130
+    error = capfd.readouterr().err
+    assert error.startswith("error: interrupted") and says in error and ("goes on" in error) == (command == "index")
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(

@@ -84,10 +84,37 @@ def test_a_photo_finds_itself_by_upload_and_by_number(page: Served, index: Path)
     data = (index.parent / "photos" / "3.png").read_bytes()
     found = page.search(image=base64_of(data), count=1)
     assert found["hits"][0]["number"] == 3 and found["hits"][0]["score"] == pytest.approx(1, abs=2e-3)
-    again = page.search(similar=3, generation=found["generation"], count=1)
-    assert again["hits"] == found["hits"]
     both = page.search(text="a blue coat", image=base64_of(data), weight=0.0, count=1)
     assert both["hits"] == found["hits"]
+
+
+def test_a_photo_of_the_index_is_searched_with_by_its_stored_features(tmp_path: Path) -> None:
+    """The file need not be there any more, nor decode to the same pixels as when it was indexed."""
+    index = make_index(tmp_path)
+    opened, model = PhotoIndex.open(index), load(tmp_path / "run", "cpu")
+    stored_D = opened.vectors_ND[3].astype(np.float32)
+    os.remove(opened.entries[3].file)
+    with served(ServeSettings(index, port=0)) as page:
+        generation = page.search(text="a person", count=1)["generation"]
+        found = page.search(similar=3, generation=generation, count=PHOTOS)
+        assert found["hits"][0]["number"] == 3
+        assert [hit["score"] for hit in found["hits"]] == [hit.score for hit in opened.search(stored_D, PHOTOS)]
+        both = page.search(similar=3, generation=generation, text="a red coat", weight=0.25, count=PHOTOS)
+        hits = opened.search(0.25 * combine(model, "a red coat") + 0.75 * stored_D, PHOTOS)
+        assert [hit["number"] for hit in both["hits"]] == [hit.row for hit in hits]
+        np.testing.assert_allclose([hit["score"] for hit in both["hits"]], [hit.score for hit in hits], rtol=1e-5)
+
+
+def test_names_that_are_not_utf8_are_told_and_shown(tmp_path: Path) -> None:
+    index = make_index(tmp_path, odd_names=True)
+    with served(ServeSettings(index, port=0)) as page:
+        found = page.search(text="a person", count=PHOTOS)
+        odd = [hit for hit in found["hits"] if hit["file"].endswith("/odd \udcff\udcfe.png")]
+        assert len(odd) == 1
+        path = f"/thumbnail/{found['generation']}/{odd[0]['number']}"
+        assert page.ask("GET", path)[0] == 200
+        os.remove(odd[0]["file"])
+        assert error_of(page.ask("GET", path))[0] == 404  # the line names the file
 
 
 def test_index_is_described(page: Served) -> None:
@@ -117,6 +144,7 @@ def test_thumbnails_are_upright_jpegs_of_the_photos(page: Served, index: Path) -
         "/thumbnail/{generation}/-1",
         "/thumbnail/{generation}/0.5",
         "/thumbnail/{generation}/99999999999999999999999999",
+        "/thumbnail/{generation}/" + 5000 * "9",
         "/thumbnail/0000000000000000/0",
         "/thumbnail/{generation}/../../../../etc/passwd",
         "/thumbnail/{generation}/%2e%2e%2f%2e%2e%2fetc%2fpasswd",
@@ -234,7 +262,7 @@ ROUTES = ["/", "/style.css", "/script.js", "/api/index", "/api/search", "/thumbn
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
 def test_every_route_needs_the_token(guarded: Served, method: str, path: str) -> None:
     if (method, path) == ("POST", "/login"):
-        return  # answers with the form again after a second
+        return  # answers with the form again
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Cookie": f"photo_search_{guarded.port}=wrong"}):
         status, _, body = guarded.ask(method, path, headers=headers)
         assert status == 401 and b"door 0" not in body and b"script" not in body
@@ -255,12 +283,10 @@ def test_token_opens_every_route_and_the_cookie_holds_it_not(guarded: Served) ->
         assert guarded.ask("GET", path, headers=sent)[0] == 200 and guarded.ask("GET", path)[0] == 401
 
 
-def test_wrong_token_is_told_slowly(guarded: Served) -> None:
-    began = time.monotonic()
+def test_wrong_token_is_told(guarded: Served) -> None:
     for path in ("/?token=wrong", "/?token=%ff%00"):
         status, headers, body = guarded.ask("GET", path)
         assert status == 401 and b"This is not the token" in body and "set-cookie" not in headers
-    assert time.monotonic() - began >= 2
     assert guarded.ask("POST", "/login", "token=" + "x" * 5000)[0] == 413
 
 
@@ -307,7 +333,7 @@ def test_deleted_photos_are_not_served_any_more(tmp_path: Path) -> None:
         ({"port": 70_000}, "--port 70000"),
         ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid"),
         ({"host": "192.0.2.1"}, "--host 192.0.2.1"),
-        ({"index": Path("nowhere")}, "nowhere: no index"),
+        ({"index": Path("/nowhere")}, "/nowhere: no index"),
         ({"model": Path("nowhere")}, "nowhere: no exported model"),
     ],
 )

@@ -145,7 +145,8 @@ def test_filters_narrow_and_say_when_nothing_is_left(open_page: Callable[..., An
     page.get_by_role("button", name="Search", exact=True).click()
     page.get_by_role("heading", name="No photo fits the filters").wait_for()
     page.get_by_role("button", name="Clear").click()
-    assert page.locator("#filter-count").is_hidden() and page.locator("#examples button").first.is_visible()
+    page.locator("#filter-count").wait_for(state="hidden")
+    page.locator("#examples button").first.wait_for(state="visible")
 
 
 def test_unknown_person_is_told(open_page: Callable[..., Any], index: Path) -> None:

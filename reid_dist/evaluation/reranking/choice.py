@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +10,8 @@ from reid_dist.evaluation.ranking import Retrieval
 from reid_dist.evaluation.reranking.k_reciprocal import k_reciprocal
 from reid_dist.evaluation.reranking.neighbour_jaccard import neighbour_jaccard
 
+MOST_WEIGHT = 1000  # far beyond where the cosine, from -1 to 1, decides anything but ties of the Jaccard index
+
 
 @dataclass(frozen=True)
 class NeighbourJaccard:
@@ -18,10 +19,10 @@ class NeighbourJaccard:
 
     Attributes:
         neighbours: of each.
-        weight: of their Jaccard index.
+        weight: of their Jaccard index; from 0 to `MOST_WEIGHT`.
 
     Raises:
-        ValueError: less than one neighbour, or a weight that is negative or not finite.
+        ValueError: less than one neighbour, or another weight.
     """
 
     name: ClassVar[str] = "jaccard"
@@ -29,8 +30,8 @@ class NeighbourJaccard:
     weight: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.neighbours < 1 or not 0 <= self.weight < math.inf:
-            raise ValueError("neighbours must be >= 1 and weight a number >= 0")
+        if self.neighbours < 1 or not 0 <= self.weight <= MOST_WEIGHT:
+            raise ValueError(f"neighbours must be >= 1 and weight a number >= 0 and <= {MOST_WEIGHT}")
 
     @property
     def label(self) -> str:

@@ -29,6 +29,7 @@ def test_names_parameters_and_labels() -> None:
         ("k_reciprocal:weight", "weight is a number like 0.3, not ''"),
         ("jaccard:neighbours=0", "neighbours must be >= 1"),
         ("jaccard:weight=nan", "weight a number >= 0"),
+        ("jaccard:weight=1e39", "weight a number >= 0 and <= 1000"),
         ("k_reciprocal:weight=1.5", "weight from 0 to 1"),
     ],
 )
