@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(shutil.which(CHROMIUM) is None, reason=f"needs a
 
 SIZES = {"desk": (1280, 900), "phone": (390, 844)}
 TOKEN = "0123456789abcdef"
+DESCRIBED = "#summary:has-text('photo'), #token"  # the page knows the index, or asks for the token
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,7 @@ def open_page(browser: Any, server: Served, index: Path) -> Iterator[Callable[..
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: outside(request.url))
         page.goto(address)
+        page.locator(DESCRIBED).first.wait_for()
         return page
 
     def outside(url: str) -> None:
@@ -147,6 +149,17 @@ def test_filters_narrow_and_say_when_nothing_is_left(open_page: Callable[..., An
     page.get_by_role("button", name="Clear").click()
     page.locator("#filter-count").wait_for(state="hidden")
     page.locator("#examples button").first.wait_for(state="visible")
+
+
+def test_a_search_before_the_index_is_described_stays(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    held = list[Any]()
+    page.route("**/api/index", lambda route: held.append(route))
+    page.reload()
+    find(page, "a person")
+    held[0].continue_()
+    page.locator(DESCRIBED).wait_for()
+    assert page.locator(".card").count() == PHOTOS
 
 
 def test_unknown_person_is_told(open_page: Callable[..., Any], index: Path) -> None:

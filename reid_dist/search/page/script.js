@@ -6,6 +6,7 @@ let photo = null; // the File that is searched with
 let similar = null; // or a photo of the index, a hit of an earlier search
 let running = null; // AbortController of the search under way
 let previewUrl = null;
+let asked = false; // whether anything was searched for: the welcome must not come after it
 
 function element(name, className, text) {
   const made = document.createElement(name);
@@ -52,6 +53,7 @@ async function openIndex() {
   $("no-filters").hidden = Boolean(index.people.length || index.cameras.length || index.has_dates);
   $("photo-hint").textContent += `, up to ${Math.floor(index.upload_bytes / 2 ** 20)} MB`;
   for (const text of index.examples) $("examples").append(exampleButton(text));
+  if (asked) return;
   if (index.photos) welcome();
   else showEmpty();
 }
@@ -133,6 +135,7 @@ async function request() {
 }
 
 async function search() {
+  asked = true;
   if (running) running.abort();
   if (!$("text").value.trim() && !photo && !similar) {
     showError("Nothing to search for: describe the person or choose a photo.");
