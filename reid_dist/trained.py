@@ -117,6 +117,14 @@ class TrainedModel:
 
         return self._encoded(listed, encode, batch_size)
 
+    def is_cut(self, sentence: str) -> bool:
+        """Whether a sentence is longer than the model reads: neither its last word nor anything after it counts."""
+        words = sentence.split()[:-1]
+        if not words:
+            return False
+        whole_L, shorter_L, longer_L = self.tokenizer([sentence, " ".join(words), f"{sentence} {sentence}"])
+        return torch.equal(whole_L, shorter_L) and torch.equal(whole_L, longer_L)
+
     def _encoded(self, listed: Sequence[Any], encode: Callable[[Sequence[Any]], Tensor], batch_size: int) -> Tensor:
         parts = [torch.zeros(0, self.features, device=self.device)]
         with torch.inference_mode():

@@ -154,6 +154,8 @@ def test_batches_change_nothing_and_long_sentences_are_cut(run: Path) -> None:
     )
     thousand = " ".join(["red"] * 1000)
     assert torch.equal(model.encode_text(thousand), model.encode_text(" ".join(["red"] * 500)))
+    assert model.is_cut(thousand)
+    assert not any(model.is_cut(text) for text in ("red", "a red coat", "a red coat .", "a coat xyzzy", ""))
 
 
 def test_wrong_input_is_told_in_one_line(run: Path, tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ def run_query(arguments: argparse.Namespace) -> None:
     model = load_model(index, arguments.model)
     image = None if arguments.image is None else read_picture(arguments.image, model.image_size)
     feature_D = combine(model, arguments.text, image, arguments.weight)
+    if arguments.text is not None and model.is_cut(arguments.text):
+        print("note: the sentence is longer than the model reads; its end does not count", file=sys.stderr)
     hits = index.search(feature_D, arguments.top, where)
     kind = kind_of(arguments.text, image)
     threshold = index.threshold(kind, arguments.weight)

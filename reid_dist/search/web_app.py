@@ -194,6 +194,7 @@ class SearchPage:
             "threshold": threshold,
             "calibrated": bool(opened.index.manifest.get("thresholds")),
             "unknown": unknown(hits, threshold),
+            "cut": bool(query.text.strip()) and self._model.is_cut(query.text),
             "milliseconds": milliseconds,
         }
 

@@ -246,6 +246,7 @@ function showFound(found) {
       `The best score, ${found.hits[0].score.toFixed(3)}, is below the threshold of ${limit}. These are the most similar photos all the same.`,
     );
   }
+  if (found.cut) $("results-note").textContent += " The description is longer than the model reads: its end did not count.";
   if (found.threshold === null) {
     $("results-note").textContent += found.calibrated
       ? " Whether the person is unknown cannot be told: no threshold was calibrated for this kind of search."
