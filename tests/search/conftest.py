@@ -16,6 +16,8 @@ from reid_dist.data.sample import INDEX_DTYPE, ROLES, SPLITS, Sample, content_di
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.trained import TrainedModel, load
 
+LOCK = ".photos.index.reid_dist-lock"
+
 SIZE = (32, 16)
 WORDS = ["a", "person", "red", "blue", "coat"]
 COLOURS = [(200, 40, 40), (40, 60, 200), (40, 170, 60), (230, 220, 60), (120, 60, 150), (20, 20, 20)]
@@ -119,3 +121,12 @@ def _search_model(search_run: Path) -> TrainedModel:
 @pytest.fixture(scope="session", name="photos")
 def _photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_photos(tmp_path_factory.mktemp("photos") / "album", people=5, shots=4)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def around(folder: Path) -> dict[str, bytes]:
+    """Every file in the folder that the index lies in."""
+    return {str(path): path.read_bytes() for path in sorted(folder.parent.rglob("*")) if path.is_file()}
