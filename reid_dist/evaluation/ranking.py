@@ -67,7 +67,7 @@ class Retrieval:
     Attributes:
         query_QD: [Q, D] any float dtype; the similarity is fp32 whatever it is.
         gallery_GD: [G, D]; drop junk entries before, keep distractors. May lie in a mapped file
-            (`torch.from_numpy(numpy.load(..., mmap_mode="r"))`): a segment at a time is read.
+            (`torch.from_numpy(numpy.load(..., mmap_mode="c"))`): a segment at a time is read.
         query_pid_Q: [Q] integer identities.
         gallery_pid_G: [G] integer identities.
         query_camid_Q: [Q] cameras. When given, gallery entries of the query's identity AND camera are removed
