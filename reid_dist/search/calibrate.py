@@ -105,7 +105,8 @@ def calibrate(
 def _check(index: PhotoIndex, shards: ShardSet, rows: Rows, source: str, false_accept: float, most: int) -> None:
     queries = min(len(rows), most)
     if not _enough(queries, false_accept):
-        raise UserError(f"{source}: {queries} images are too few for --false-accept {false_accept}; use a larger set, or another --split")
+        few = f"{queries} images are too few for --false-accept {false_accept}"
+        raise UserError(f"{source}: {few}; use a larger set, or another --split")
     people = {shards.identities[pid] for pid in shards.index["pid"][rows].tolist()}
     shared = sorted(people & set(index.entries.persons))
     if shared:
