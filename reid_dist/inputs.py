@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from reid_dist.checkpoint import file_sha256, fingerprint
+from reid_dist.checkpoint.portable import file_sha256, fingerprint
 from reid_dist.config import (
     I2IStageConfig,
     ModelConfig,

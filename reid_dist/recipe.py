@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from reid_dist import distributed
-from reid_dist.checkpoint import read_export, read_handover, save_export, write_json, write_text
+from reid_dist.checkpoint.portable import read_export, read_handover, save_export
 from reid_dist.config import ModelConfig, RunConfig, TextLoss
 from reid_dist.data.loader import TrainLoader
 from reid_dist.data.stream.loader import StreamLoader
-from reid_dist.engine import Engine, prepare_environment
+from reid_dist.engine import build_engine, prepare_environment
 from reid_dist.errors import UserError
 from reid_dist.evaluation.identity_means import identity_means
+from reid_dist.files import write_json, write_text
 from reid_dist.inputs import (
     Inputs,
     build_encoder,
@@ -141,7 +142,7 @@ def _train(
         handed,
     )
     stage = build_stage(stage_config, encoder, surroundings)
-    engine = Engine(stage, stage_config.engine, stage_config.optimizer, loader.local_batch_size)
+    engine = build_engine(stage, stage_config.engine, stage_config.optimizer, loader.local_batch_size)
     say(
         f"{stage_config.name}: {steps} steps of {stage_config.data.global_batch_size} samples {_source_of(loader)}"
         f" on {distributed.world_size()} ranks, ZeRO {stage_config.engine.zero_stage}, {stage_config.engine.precision}"

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from reid_dist import distributed
-from reid_dist.checkpoint import write_json
 from reid_dist.config import RunConfig, StageConfig
 from reid_dist.errors import UserError
 from reid_dist.evaluation.benchmark import evaluate_benchmark
 from reid_dist.evaluation.ranking import METRIC_KEYS
 from reid_dist.evaluation.reranking.choice import NeighbourJaccard
+from reid_dist.files import write_json
 from reid_dist.inputs import Inputs
 from reid_dist.metrics import say, write_scalars
 from reid_dist.models.dual_encoder import DualEncoder, Task

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from reid_dist.config import EngineConfig
-from reid_dist.engine import deepspeed_config
+from reid_dist.engine.deepspeed_engine import deepspeed_config
 from reid_dist.stages import Batch, Stage
 
 # DeepSpeed flattens so many gradients at once where it does not shard (ZeRO 0).

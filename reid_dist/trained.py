@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from reid_dist.checkpoint import ARCHITECTURE_FILE, read_export
+from reid_dist.checkpoint.portable import ARCHITECTURE_FILE, read_export
 from reid_dist.config import ModelConfig
 from reid_dist.data.pictures import read_picture
 from reid_dist.data.tokenizer import OpenClipTokenizer, Tokenizer, WordTokenizer

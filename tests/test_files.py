@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from reid_dist.files import aside, content_sha256, replace_folder, write_results
+from reid_dist import files
+from reid_dist.files import aside, content_sha256, replace_folder, write_json, write_results
 
 
 def test_the_hash_is_that_of_the_whole_content(tmp_path: Path) -> None:
@@ -62,3 +63,23 @@ def test_results_file_is_whole_or_absent(tmp_path: Path) -> None:
             write_results(path, {"stages": bad})
     assert json.loads(path.read_text())["stages"][0]["i2i"] is None
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def killed(path: Path) -> None:
+    raise OSError("killed")
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.json"
+    write_json(path, {"a": 1})
+    with monkeypatch.context() as broken:
+        broken.setattr(files, "flush", killed)
+        with pytest.raises(OSError, match="killed"):
+            write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(path, {"a": 3})
+    assert json.loads(path.read_text()) == {"a": 3}
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from reid_dist.config import RunConfig, StageConfig
 from reid_dist.distributed import world_size
-from reid_dist.engine import Engine
+from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.plan import plan_stage
 from reid_dist.recipe_file import load_config
@@ -60,7 +60,7 @@ def measured_peak(config: RunConfig, stage: StageConfig, rows: int) -> int:
     gc.collect()  # what another engine left would count as freed by this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         module = real_stage(config, stage, rows)
-        engine = Engine(module, stage.engine, stage.optimizer, rows)
+        engine = DeepSpeedEngine(module, stage.engine, stage.optimizer, rows)
         module.start(engine.exact_parameters)
         batch = real_batch(module, rows, config.model.image_size, stage.kind == "i2i" and bool(stage.data.weights))
         for _ in range(2):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import reid_dist
-from reid_dist.checkpoint import save_export
+from reid_dist.checkpoint.portable import save_export
 from reid_dist.config import ModelConfig
 from reid_dist.data.tokenizer import Tokenizer, WordTokenizer
 from reid_dist.errors import UserError

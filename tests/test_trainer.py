@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reid_dist.config import EngineConfig, ModelConfig, OptimizerConfig, TextLoss
 from reid_dist.data.bad_samples import BadSamples
-from reid_dist.engine import Engine
+from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.stages import Batch, T2IStage
 from reid_dist.stages.contract import State, Surroundings, Weights
@@ -90,15 +90,15 @@ class RecordingStage(T2IStage):
         self.beside.append([x.clone() for x in (*kept, *self.moco.key_encoder.state().values())])
 
 
-class SkippingEngine(Engine):
+class SkippingEngine(DeepSpeedEngine):
     """Skips the third optimizer step as an engine does that met what is not finite: nothing is applied."""
 
     micro_steps = 0
 
-    def step(self) -> bool:
+    def step(self, skip: bool = False) -> bool:
         self.micro_steps += 1
         before = {name: p.detach().clone() for name, p in self.stage.named_parameters()}
-        updated = super().step()
+        updated = super().step(skip)
         if updated and self.micro_steps == 3 * self.config.gradient_accumulation_steps:
             with torch.no_grad():
                 for name, parameter in self.stage.named_parameters():

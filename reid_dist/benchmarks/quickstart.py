@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from reid_dist.checkpoint import read_export
+from reid_dist.checkpoint.portable import read_export
 from reid_dist.config import RunConfig
 from reid_dist.data.reader import ShardSet
 from reid_dist.errors import UserError

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reid_dist.checkpoint import write_text
 from reid_dist.claims.accounting import ACCOUNTINGS
 from reid_dist.claims.arms import TASKS
 from reid_dist.claims.matrix import SHARED
 from reid_dist.claims.plot import plot_claims
 from reid_dist.claims.results import DECIDING
 from reid_dist.claims.verdict import ERRORS, LEAST_SEEDS, SHARE
-from reid_dist.files import write_results
+from reid_dist.files import write_results, write_text
 
 _NONE = "-"
 _LIMITS = {

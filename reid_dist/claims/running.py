@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from reid_dist.checkpoint import write_json
 from reid_dist.claims.arms import CAPTIONED, IMAGES, UNSEEN, Arm, Task
 from reid_dist.claims.worlds import VOCABULARY_FILE, Sizes, build_world
 from reid_dist.config import RunConfig, StageConfig
 from reid_dist.data.tokenizer import read_vocabulary
 from reid_dist.errors import UserError
+from reid_dist.files import write_json
 from reid_dist.models.architecture import read_architecture
 from reid_dist.models.word_gru import build_dictionary
 from reid_dist.models.word_sources import TowerSource

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from reid_dist.checkpoint import write_json
 from reid_dist.claims.arms import CAPTIONED, GENERIC, IMAGES, UNSEEN
 from reid_dist.data.reader import ShardSet
 from reid_dist.data.tokenizer import count_words, write_vocabulary
 from reid_dist.errors import UserError
 from reid_dist.evaluation.baselines import closed_form_baselines
 from reid_dist.evaluation.benchmark import load_baseline_data
+from reid_dist.files import write_json
 from shards.world.export import export
 from shards.world.oracle import ceilings
 from shards.world.spec import LEVELS, ExportSpec, World

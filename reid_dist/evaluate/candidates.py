@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reid_dist.checkpoint import ARCHITECTURE_FILE, fingerprint, read_export
+from reid_dist.checkpoint.portable import ARCHITECTURE_FILE, fingerprint, read_export
 from reid_dist.config import RunConfig
 from reid_dist.errors import UserError
 from reid_dist.evaluate.training_data import TrainingData, recipe_of, stages_until, training_data

@@ -11,13 +11,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from reid_dist.checkpoint import write_json
 from reid_dist.data.transforms import decoder_name
 from reid_dist.evaluate.benchmarks import Benchmark
 from reid_dist.evaluate.candidates import Candidate
 from reid_dist.evaluation.benchmark import TaskKind
 from reid_dist.evaluation.ranking import METRIC_KEYS, Metrics
 from reid_dist.evaluation.reranking.choice import Reranking, describe_reranking
+from reid_dist.files import write_json
 
 FOLDER = "evaluation"  # beside the export
 # Of the rules that scores follow: another number when they change, and no score of the old rules is read any more.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reid_dist.checkpoint import read_export
+from reid_dist.checkpoint.portable import read_export
 from reid_dist.config import DataConfig, RunConfig, StageConfig
 from reid_dist.data.contamination import find_contamination, same_set
 from reid_dist.data.exclude import NOTHING, Exclusions, read_exclusions

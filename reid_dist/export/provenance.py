@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from reid_dist.checkpoint import read_export
+from reid_dist.checkpoint.portable import read_export
 from reid_dist.config import RunConfig, StageConfig
 from reid_dist.data.remote import is_remote, join_location, read_file, shown_location
 from reid_dist.data.sample import MANIFEST_NAME, Manifest

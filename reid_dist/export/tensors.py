@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from reid_dist.checkpoint import ARCHITECTURE_FILE
+from reid_dist.checkpoint.portable import ARCHITECTURE_FILE
 from reid_dist.errors import UserError
 from reid_dist.files import content_sha256
 from reid_dist.models.architecture import read_architecture

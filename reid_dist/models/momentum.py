@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from reid_dist.digest import digest
 from reid_dist.errors import UserError
-from reid_dist.models.digest import digest
 from reid_dist.models.dual_encoder import DualEncoder
 from reid_dist.models.linear import redraw, redrawn_linears
 from reid_dist.models.projection import projection_names

@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reid_dist.digest import mixed
 from reid_dist.distributed import PackedGather, check_equal_on_ranks, rank, start_all_gather, sum_over_ranks, world_size
 from reid_dist.kernels.contrastive import EMPTY, Backend, Mask, identity_means, queue_attend
-from reid_dist.models.digest import mixed
 from reid_dist.models.queue_file import QueueRecord, load_ring, save_ring
 from reid_dist.models.queue_ring import Modality, Ring
 from reid_dist.models.queue_shards import sharded_attend, sharded_means

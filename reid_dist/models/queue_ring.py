@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reid_dist.digest import mixed, words
 from reid_dist.kernels.contrastive import EMPTY, RANDOM
-from reid_dist.models.digest import mixed, words
 
 Modality = Literal["image", "text"]
 

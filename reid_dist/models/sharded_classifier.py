@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from reid_dist.digest import mixed, words
 from reid_dist.distributed import all_gather, rank, sum_over_ranks, world_size
-from reid_dist.models.digest import mixed, words
 from reid_dist.models.row_optimizer import RowOptimizer
 
 # Drawn together: a block's centres depend on its number alone, so every number of ranks draws the same.

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from reid_dist.checkpoint import write_json
 from reid_dist.data.reader import Rows, ShardSet
 from reid_dist.data.transforms import decode_image
 from reid_dist.errors import UserError
+from reid_dist.files import write_json
 from reid_dist.search.index import MANIFEST_FILE, Kind, PhotoIndex
 from reid_dist.search.store import changing
 from reid_dist.trained import TrainedModel

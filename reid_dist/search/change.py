@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from reid_dist.checkpoint import write_json
 from reid_dist.errors import UserError
+from reid_dist.files import write_json
 from reid_dist.search.encoding import encode_entries, read_chunk
 from reid_dist.search.entries import Entry, Filter, Rows
 from reid_dist.search.index import MANIFEST_FILE, Half, PhotoIndex

@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from reid_dist.checkpoint import write_json
 from reid_dist.data.transforms import decoder_name
 from reid_dist.errors import UserError
-from reid_dist.files import aside, beside, content_sha256, flush, replace_folder
+from reid_dist.files import aside, beside, content_sha256, flush, replace_folder, write_json
 from reid_dist.search.entries import Entry, write_entries
 from reid_dist.search.index import FORMAT_VERSION, MANIFEST_FILE, VECTORS_FILE, Half, PhotoIndex, read_manifest
 from reid_dist.search.lists import LISTS_FILE, build_lists, extend_lists

@@ -7,7 +7,7 @@ import torch
 
 from reid_dist.config import EngineConfig, OptimizerConfig
 from reid_dist.distributed import mean_over_ranks, rank, world_size
-from reid_dist.engine import Engine
+from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.optim import build_optimizer, parameter_groups
 from reid_dist.stages.base import Stage
 
@@ -69,7 +69,7 @@ def train(
     """The same under DeepSpeed on this rank's rows."""
     stage = make_stage().train()
     rows = GLOBAL_BATCH // world_size()
-    engine = Engine(stage, EngineConfig(zero_stage=zero_stage), optimizer_config, rows)
+    engine = DeepSpeedEngine(stage, EngineConfig(zero_stage=zero_stage), optimizer_config, rows)
     losses, gradients = [], {}
     for step in range(STEPS):
         loss = engine(of_this_rank(batches(step)))["loss"]

@@ -8,7 +8,7 @@ import torch
 from reid_dist.config import EngineConfig, IdentityPromptLoss, ModelConfig, OptimizerConfig
 from reid_dist.data.tokenizer import WordTokenizer
 from reid_dist.distributed import mean_over_ranks, rank, world_size
-from reid_dist.engine import Engine
+from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.optim import build_optimizer, parameter_groups
 from reid_dist.stages.contract import Surroundings
@@ -53,7 +53,7 @@ def reference() -> dict:
 def train(zero_stage: int) -> dict:
     stage = make_stage().train()
     rows = ROWS // world_size()
-    engine = Engine(stage, EngineConfig(zero_stage=zero_stage), OPTIMIZER, rows)
+    engine = DeepSpeedEngine(stage, EngineConfig(zero_stage=zero_stage), OPTIMIZER, rows)
     losses = []
     for step in range(STEPS):
         loss = engine({key: value[rank() * rows : (rank() + 1) * rows] for key, value in make_batch(step).items()})[

@@ -1,6 +1,6 @@
 """Key encoders behind the engine: on 2 ranks, in every ZeRO stage and precision, they follow the exact fp32 weights.
 
-Three independent views of the weights: `Engine.exact_parameters` feeds the key encoder; the pieces of DeepSpeed's own
+Three independent views of the weights: `exact_parameters` feeds the key encoder; the pieces of DeepSpeed's own
 masters, put together in the parent, are averaged in plain torch; and a plain torch loop trains without an engine.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reid_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from reid_dist.distributed import rank
-from reid_dist.engine import Engine
+from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.models.momentum import MomentumEncoder
 from reid_dist.optim import build_optimizer, parameter_groups
@@ -100,7 +100,7 @@ def follow(mode: tuple[int, str]) -> dict[str, Any]:
     config = EngineConfig(
         zero_stage=zero_stage, precision=precision, gradient_accumulation_steps=ACCUMULATION, deepspeed=raw
     )
-    engine = Engine(stage, config, SGD, ROWS)
+    engine = DeepSpeedEngine(stage, config, SGD, ROWS)
     keys.start(engine.exact_parameters(keys.names))
     trained = {name: p for name, p in stage.named_parameters() if name in keys.names}
     trail, history, errors = [held(trained)], [clone(keys.state())], []
@@ -250,7 +250,7 @@ RESNET = {
 def follow_resnet(architecture: str) -> tuple[int, dict[str, Tensor], list[str]]:
     stage = TowardsTargets(architecture=architecture).train()
     keys = stage.key_encoder
-    engine = Engine(stage, EngineConfig(zero_stage=2), SGD, ROWS)
+    engine = DeepSpeedEngine(stage, EngineConfig(zero_stage=2), SGD, ROWS)
     keys.start(engine.exact_parameters(keys.names))
     engine.backward(engine(make_batch(0, 0, rank()))["loss"])
     assert engine.step()

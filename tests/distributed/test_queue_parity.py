@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reid_dist.config import EngineConfig, I2ILoss, ModelConfig, OptimizerConfig, PretrainLoss, TextLoss
 from reid_dist.distributed import mean_over_ranks, rank, world_size
-from reid_dist.engine import Engine
+from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.optim import build_optimizer, parameter_groups
 from reid_dist.stages.base import Stage
@@ -124,7 +124,7 @@ def reference(name: str) -> dict[str, Any]:
     return {"losses": losses, "gradients": gradients, "parameters": dict(stage.state_dict()), **kept_beside(stage)}
 
 
-class RecordingEngine(Engine):
+class RecordingEngine(DeepSpeedEngine):
     """Keeps the gradients that the last optimizer step takes."""
 
     gradients: dict[str, Tensor]

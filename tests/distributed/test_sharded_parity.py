@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reid_dist.config import EngineConfig, I2ILoss, I2IStageConfig, ModelConfig, OptimizerConfig
 from reid_dist.distributed import all_gather_ragged, mean_over_ranks, rank, world_size
-from reid_dist.engine import Engine
+from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.optim import build_optimizer, parameter_groups, set_learning_rate
 from reid_dist.stages import I2IStage, Stage, Surroundings, build_stage
@@ -104,7 +104,7 @@ class Losses(list):
 
 def train(case: Case) -> dict[str, Any]:
     stage, config = make_stage(case), make_config(case)
-    engine = Engine(stage, config.engine, config.optimizer, ROWS // case.micro_steps // world_size())
+    engine = DeepSpeedEngine(stage, config.engine, config.optimizer, ROWS // case.micro_steps // world_size())
     stage.start(engine.exact_parameters)
     losses, centres = [], []
     for step, factor in enumerate(FACTORS):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from reid_dist.config import EngineConfig, ModelConfig, OptimizerConfig, TextLoss
 from reid_dist.distributed import all_gather_with_grad, rank, world_size
-from reid_dist.engine import Engine
+from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.stages.base import Stage
 from reid_dist.stages.contract import Batch, Features, State
@@ -67,7 +67,7 @@ def train(
     """Losses of three steps, and the weights after them."""
     raw = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if mode[0] == 3 else {}
     config = EngineConfig(zero_stage=mode[0], precision=mode[1], deepspeed=raw)
-    engine = Engine(make_stage(kind, train_prompts), config, optimizer, ROWS // world_size())
+    engine = DeepSpeedEngine(make_stage(kind, train_prompts), config, optimizer, ROWS // world_size())
     losses = []
     for _ in range(3):
         loss = engine(make_batch())["loss"]

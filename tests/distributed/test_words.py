@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reid_dist.config import EngineConfig, ModelConfig, OptimizerConfig, TextLoss
 from reid_dist.distributed import rank, world_size
-from reid_dist.engine import Engine
+from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.errors import UserError
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.models.dictionary import Dictionary, write_dictionary
@@ -69,7 +69,7 @@ def train(folder: Path, mode: tuple[int, str], tower: str, loss: dict[str, Any])
     raw = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if mode[0] == 3 else {}
     stage = make_stage(folder, tower, mode[1], **loss)
     config = EngineConfig(zero_stage=mode[0], precision=mode[1], deepspeed=raw)
-    engine = Engine(stage, config, SGD, ROWS // world_size())
+    engine = DeepSpeedEngine(stage, config, SGD, ROWS // world_size())
     stage.start(engine.exact_parameters)
     found: dict[str, Any] = {"losses": [], "keys": [clone(stage)]}
     for step in range(STEPS):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reid_dist.checkpoint import save_export
+from reid_dist.checkpoint.portable import save_export
 from reid_dist.config import RunConfig
 from reid_dist.data.reader import ShardSet
 from reid_dist.data.tokenizer import count_words, read_vocabulary, write_vocabulary

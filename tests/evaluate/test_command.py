@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import reid_dist
 from launch.evaluate import INTERRUPTED, main
 from reid_dist import distributed
-from reid_dist.checkpoint import file_sha256
+from reid_dist.checkpoint.portable import file_sha256
 from reid_dist.data.reader import ShardSet
 from reid_dist.data.transforms import decode_image
 from reid_dist.errors import UserError

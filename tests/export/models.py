@@ -7,7 +7,7 @@ from typing import Any
 import open_clip
 import torch
 
-from reid_dist.checkpoint import save_export
+from reid_dist.checkpoint.portable import save_export
 from reid_dist.config import ModelConfig
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.models.dictionary import Dictionary, write_dictionary

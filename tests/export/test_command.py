@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reid_dist import load
-from reid_dist.checkpoint import file_sha256
+from reid_dist.checkpoint.portable import file_sha256
 from reid_dist.export.command import FORMATS, main
 from tests.export.models import export_model
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from reid_dist import load
-from reid_dist.checkpoint import read_handover
+from reid_dist.checkpoint.portable import read_handover
 from reid_dist.errors import UserError
 from reid_dist.export.tensors import write_safetensors, write_torch
 from reid_dist.models.dictionary import read_dictionary

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reid_dist.checkpoint import save_export
+from reid_dist.checkpoint.portable import save_export
 from reid_dist.config import ModelConfig
 from reid_dist.errors import UserError
 from reid_dist.models.architecture import build_dual_encoder

@@ -115,7 +115,7 @@ def test_positions_of_a_file_of_the_other_stride_are_resized(architectures, tmp_
 
 
 def test_the_grid_of_an_export_is_read_with_the_stride_of_its_manifest(architectures, tmp_path: Path) -> None:
-    from reid_dist.checkpoint import save_export
+    from reid_dist.checkpoint.portable import save_export
 
     model = ModelConfig(architecture=architectures["resnet"], image_size=SIZE)
     plain = build(architectures["resnet"])

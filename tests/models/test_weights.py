@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reid_dist.checkpoint import save_export
+from reid_dist.checkpoint.portable import save_export
 from reid_dist.config import ModelConfig
 from reid_dist.errors import UserError
 from reid_dist.models.architecture import build_dual_encoder

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reid_dist.checkpoint import save_export
+from reid_dist.checkpoint.portable import save_export
 from reid_dist.config import ModelConfig
 from reid_dist.data.tokenizer import WordTokenizer
 from reid_dist.models import word_sources

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reid_dist.checkpoint import save_export
+from reid_dist.checkpoint.portable import save_export
 from reid_dist.config import ModelConfig
 from reid_dist.data.sample import INDEX_DTYPE, ROLES, SPLITS, Sample, content_digest
 from reid_dist.models.architecture import build_dual_encoder

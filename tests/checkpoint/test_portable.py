@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reid_dist import checkpoint
-from reid_dist.checkpoint import fingerprint, read_export, save_export, write_json
+from reid_dist.checkpoint import portable
+from reid_dist.checkpoint.portable import fingerprint, read_export, save_export
 from reid_dist.config import ModelConfig, RunConfig
 from reid_dist.errors import UserError
 from reid_dist.models.architecture import build_dual_encoder
@@ -95,11 +95,11 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
         raise OSError("killed")
 
     if where == "weights":
-        monkeypatch.setattr(checkpoint, "save_file", half_written)
+        monkeypatch.setattr(portable, "save_file", half_written)
     elif where == "manifest":
         monkeypatch.setattr(Path, "write_text", fail)
     elif where == "flush":
-        monkeypatch.setattr(checkpoint, "flush", fail)
+        monkeypatch.setattr(portable, "flush", fail)
     elif where == "rename":
         monkeypatch.setattr(Path, "rename", fail)
 
@@ -163,25 +163,6 @@ def test_a_damaged_manifest_is_told(content: str, architecture: str, tmp_path: P
     (tmp_path / "export" / "manifest.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"manifest\.json|does not match its hash"):
         read_export(tmp_path / "export", verify=True)
-
-
-# JSON files
-
-
-def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "metrics.json"
-    write_json(path, {"a": 1})
-    with monkeypatch.context() as broken:
-        interrupt(broken, "flush")
-        with pytest.raises(OSError, match="killed"):
-            write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    write_json(path, {"a": 3})
-    assert json.loads(path.read_text()) == {"a": 3}
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
 
 
 # Fingerprints

@@ -148,20 +148,6 @@ def read_export(folder: Path, verify: bool = False) -> dict[str, Any] | None:
     return manifest
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name, flushes it to the disk and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    flush(partial)
-    partial.rename(path)
-
-
 def file_sha256(path: Path) -> str:
     """Hash of a file's content, as hexadecimal digits."""
     try:

@@ -1,10 +1,7 @@
-"""The only file that imports deepspeed: one stage behind call, backward, step and the gathered full tensors."""
+"""Training a stage under DeepSpeed ZeRO; the only file that imports deepspeed."""
 
 import contextlib
-import os
-import sys
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -13,9 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid_dist.config import EngineConfig, OptimizerConfig
 from reid_dist.distributed import local_device, rank, world_size
+from reid_dist.engine.base import Engine
 from reid_dist.errors import UserError
 from reid_dist.models.dual_encoder import MAX_LOGIT_SCALE
 from reid_dist.optim import build_optimizer, parameter_groups, set_learning_rate
+from reid_dist.pieces import Piece, Saved
 from reid_dist.recipe_file import merge
 from reid_dist.stages import Batch, Stage, StageOutput
 
@@ -23,31 +22,6 @@ _LOGIT_SCALE = "encoder.logit_scale"
 # Elements. DeepSpeed's default of 5e8 takes up to 4 GB on every rank, whatever the model's size.
 _REDUCE_BUCKET = 50_000_000
 T = TypeVar("T")
-
-
-def prepare_environment() -> torch.device:
-    """Sets what DeepSpeed reads from the environment, before it is imported; returns this process's device."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed compiles its CPU collectives at the first start: into this environment, with this environment's ninja.
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    scripts = str(Path(sys.executable).parent)
-    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = scripts + os.pathsep + os.environ.get("PATH", "")
-    device = local_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-    return device
-
-
-def remove_shared_memory() -> None:
-    """Removes the 66 MB file that DeepSpeed's CPU collectives leave in /dev/shm for this rank."""
-    own = f"deepspeed_allreduce_buffer_*_{os.environ.get('MASTER_PORT')}_{os.environ.get('LOCAL_RANK')}"
-    for file in Path("/dev/shm").glob(own):  # noqa: S108 (where DeepSpeed puts them)
-        file.unlink(missing_ok=True)
 
 
 def deepspeed_config(config: EngineConfig, micro_batch_size: int) -> dict[str, Any]:
@@ -74,7 +48,7 @@ def deepspeed_config(config: EngineConfig, micro_batch_size: int) -> dict[str, A
     return merged
 
 
-class Engine:
+class DeepSpeedEngine(Engine):
     """One training stage under DeepSpeed ZeRO; a new one for each stage.
 
     Args:
@@ -111,7 +85,7 @@ class Engine:
         self._hold_logit_scale()
 
     def __call__(self, batch: Batch) -> StageOutput:
-        """Forward of a micro-batch."""
+        """See `Engine`."""
         output: StageOutput = self._engine(batch)
         return output
 
@@ -124,8 +98,12 @@ class Engine:
         """Backward of a micro-batch; gradients are averaged over ranks and accumulation steps."""
         self._engine.backward(loss)
 
-    def step(self) -> bool:
-        """Counts a micro-batch; True when it completed an optimizer step that was applied."""
+    def pending_norm(self) -> Tensor:
+        """See `Engine`."""
+        raise NotImplementedError
+
+    def step(self, skip: bool = False) -> bool:
+        """See `Engine`."""
         boundary = bool(self._engine.is_gradient_accumulation_boundary())
         if boundary and self.config.zero_stage == 0 and self.config.precision != "pure_bf16":
             # DeepSpeed only knows the norm at ZeRO 0 when it clips.
@@ -142,9 +120,9 @@ class Engine:
         set_learning_rate(self._optimizer, factor)
 
     @property
-    def learning_rate(self) -> float:
-        """Learning rate of the first group."""
-        return float(self._optimizer.param_groups[0]["lr"])
+    def groups(self) -> list[dict[str, Any]]:
+        """See `Engine`."""
+        return list(self._optimizer.param_groups)
 
     def gradient_norm(self) -> float:
         """Global L2 norm of the last step's gradients before clipping (0 before the first); waits for the device."""
@@ -194,10 +172,6 @@ class Engine:
             if name in wanted:
                 yield name, buffer.detach()
 
-    def full_parameters(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """As `exact_parameters`, which see, all at once in copies on the CPU. Collective."""
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self.exact_parameters(names)}
-
     def full_gradients(self) -> dict[str, Tensor]:
         """fp32 averaged gradients on the CPU, whole on every rank; between the last backward and `step`. Collective."""
         from deepspeed.utils import safe_get_full_grad
@@ -224,6 +198,14 @@ class Engine:
             with zero.GatheredParameters([parameter]):
                 return parameter.detach().clone()
         return parameter.detach()
+
+    def pieces(self) -> Iterator[Piece]:
+        """See `Engine`."""
+        raise NotImplementedError
+
+    def restore(self, saved: Saved) -> None:
+        """See `Engine`."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Lets go of the engine's hooks and buffers, so that the next stage can build its own."""

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from reid_dist.models import digest as module
-from reid_dist.models.digest import digest
+from reid_dist import digest as module
+from reid_dist.digest import digest
 
 CPU = torch.device("cpu")
 

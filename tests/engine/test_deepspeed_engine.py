@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reid_dist.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainLoss, TextLoss
-from reid_dist.engine import Engine, deepspeed_config
+from reid_dist.engine.deepspeed_engine import DeepSpeedEngine, deepspeed_config
 from reid_dist.errors import UserError
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.stages.base import Stage
@@ -16,7 +16,7 @@ from reid_dist.stages.t2i import T2IStage
 
 pytestmark = pytest.mark.usefixtures("deepspeed_imported")
 
-ARCHITECTURE = str(Path(__file__).parents[1] / "configs" / "models" / "row_conv_tiny.json")
+ARCHITECTURE = str(Path(__file__).parents[2] / "configs" / "models" / "row_conv_tiny.json")
 ADAMW = OptimizerConfig(name="adamw", lr=1e-3)
 SGD = OptimizerConfig(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.0)
 MODES = [(zero, precision) for zero in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
@@ -61,7 +61,7 @@ def test_a_raw_key_that_is_ours_is_refused(raw: dict) -> None:
 
 
 def losses_of(mode: tuple[int, str], steps: int) -> list[float]:
-    engine = Engine(make_stage().train(), EngineConfig(zero_stage=mode[0], precision=mode[1]), ADAMW, 8)
+    engine = DeepSpeedEngine(make_stage().train(), EngineConfig(zero_stage=mode[0], precision=mode[1]), ADAMW, 8)
     found = []
     for _ in range(steps):
         loss = engine(make_batch())["loss"]
@@ -89,7 +89,7 @@ def clamped(mode: tuple[int, str]) -> tuple[float, float]:
     """The temperature pushed upwards by its gradient: as exported, and as the next forward uses it."""
     stage = make_stage().train()
     stage.encoder.logit_scale.data.fill_(4.60)
-    engine = Engine(stage, EngineConfig(zero_stage=mode[0], precision=mode[1]), SGD, 8)
+    engine = DeepSpeedEngine(stage, EngineConfig(zero_stage=mode[0], precision=mode[1]), SGD, 8)
     for _ in range(3):
         output = engine(make_batch())
         engine.backward(-output["metrics"]["logit_scale"].sum() + 0 * output["loss"])
@@ -118,7 +118,7 @@ def changed_weights(mode: tuple[int, str]) -> list[str]:
     stage = make_stage(freeze=("visual",)).train()
     before = {name: p.detach().clone() for name, p in stage.named_parameters()}
     raw = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if mode[0] == 3 else {}
-    engine = Engine(stage, EngineConfig(zero_stage=mode[0], precision=mode[1], deepspeed=raw), ADAMW, 8)
+    engine = DeepSpeedEngine(stage, EngineConfig(zero_stage=mode[0], precision=mode[1], deepspeed=raw), ADAMW, 8)
     # Under ZeRO 3 a forward gathers weights in bf16.
     engine(make_batch())
     after = engine.full_parameters()
@@ -141,7 +141,7 @@ def weights_that_a_forward_changes(threshold: int) -> list[str]:
     stage = make_stage(freeze=("visual",)).train()
     start = {name: p.detach().clone() for name, p in stage.named_parameters()}
     raw = {"zero_optimization": {"stage3_param_persistence_threshold": threshold}}
-    engine = Engine(stage, EngineConfig(zero_stage=3, precision="bf16", deepspeed=raw), ADAMW, 8)
+    engine = DeepSpeedEngine(stage, EngineConfig(zero_stage=3, precision="bf16", deepspeed=raw), ADAMW, 8)
     engine.backward(engine(make_batch())["loss"])
     assert engine.step()
     before = engine.full_parameters()
@@ -168,7 +168,7 @@ def exact_parameters() -> dict[str, object]:
     stage = make_stage().train()
     stage.register_buffer("counter", torch.arange(3))
     stage.register_buffer("scratch", torch.zeros(1), persistent=False)
-    engine = Engine(stage, EngineConfig(zero_stage=2, precision="bf16"), ADAMW, 8)
+    engine = DeepSpeedEngine(stage, EngineConfig(zero_stage=2, precision="bf16"), ADAMW, 8)
     own = {**dict(stage.named_parameters()), "counter": stage.counter}
     found = dict(engine.exact_parameters())
     copies = engine.full_parameters(WANTED)
@@ -205,16 +205,16 @@ def test_pure_bf16_with_a_batch_norm_is_refused_on_a_cpu(monkeypatch) -> None:
     """torch would stop in the first forward: weights in bf16, statistics in fp32."""
     stage = make_stage()
     stage.encoder.visual.norm = torch.nn.BatchNorm2d(3)
-    monkeypatch.setattr("reid_dist.engine.local_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("reid_dist.engine.deepspeed_engine.local_device", lambda: torch.device("cpu"))
     with pytest.raises(UserError, match=r"engine\.precision: pure_bf16 .*encoder\.visual\.norm.* set bf16 or fp32"):
-        Engine(stage, EngineConfig(zero_stage=1, precision="pure_bf16"), ADAMW, 8)
+        DeepSpeedEngine(stage, EngineConfig(zero_stage=1, precision="pure_bf16"), ADAMW, 8)
 
 
 def norm_and_step(limit: float) -> tuple[float, float]:
     """Gradient norm before clipping, and how far one SGD step of lr 0.1 moved all weights."""
     stage = make_stage().train()
     before = torch.cat([p.detach().flatten().clone() for p in stage.parameters()])
-    engine = Engine(stage, EngineConfig(zero_stage=1, max_grad_norm=limit), SGD, 8)
+    engine = DeepSpeedEngine(stage, EngineConfig(zero_stage=1, max_grad_norm=limit), SGD, 8)
     engine.backward(engine(make_batch())["loss"])
     engine.step()
     after = engine.full_parameters()
@@ -236,7 +236,7 @@ def test_clipping_bounds_the_step_and_not_the_reported_norm(run_ranks) -> None:
 def accumulated(accumulation: int) -> tuple[list[bool], torch.Tensor]:
     """Two micro-batches, each contrasted within itself; returns what `step` said and one weight."""
     stage = make_stage().train()
-    engine = Engine(stage, EngineConfig(zero_stage=1, gradient_accumulation_steps=accumulation), SGD, 8)
+    engine = DeepSpeedEngine(stage, EngineConfig(zero_stage=1, gradient_accumulation_steps=accumulation), SGD, 8)
     said = []
     for seed in range(2):
         engine.backward(engine(make_batch(seed=seed))["loss"])

@@ -1,0 +1,1 @@
+"""What keeps ranks from being lost, left alone or stuck: signals, parents that die, heartbeats, a guardian."""
