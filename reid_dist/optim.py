@@ -70,6 +70,13 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
     return adam(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
+def state_names(config: OptimizerConfig) -> tuple[str, ...]:
+    """What torch's optimizer keeps of a parameter, under its own names; `step` is a count, the others are tensors."""
+    if config.name == "sgd":
+        return ("momentum_buffer",) if config.momentum else ()
+    return ("exp_avg", "exp_avg_sq", "step")
+
+
 def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Factor of the base learning rate at a 0-based optimizer step: linear warm-up, then the schedule.
 

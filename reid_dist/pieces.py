@@ -9,12 +9,13 @@ Shape suffixes: N rows of a piece.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
 from reid_dist.distributed import rank, world_size
+from reid_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ class Saved(Protocol):
     def names(self, part: str) -> list[str]:
         """The tensors of a part, sorted; empty for a part that was not saved."""
 
+    def total(self, part: str, name: str) -> int:
+        """Rows of a tensor.
+
+        Raises:
+            UserError: there is no such tensor.
+        """
+
     def rows(self, part: str, name: str, first: int, count: int, every: int = 1) -> Tensor:
         """Rows first, first + every, ... of a tensor, on the CPU, in the dtype that was saved. Shape: (count, ...).
 
@@ -54,14 +62,27 @@ class Saved(Protocol):
         """
 
 
-def shared_out(part: str, name: str, whole: Tensor) -> Iterator[Piece]:
-    """This rank's even share of a tensor that all ranks hold alike; nothing where it is smaller than the ranks."""
-    flat = whole.detach().reshape(-1)
-    first, stop = (flat.numel() * index // world_size() for index in (rank(), rank() + 1))
+def shared_rows(part: str, name: str, whole_SX: Tensor) -> Iterator[Piece]:
+    """This rank's even share of the rows of a tensor that all ranks hold alike. Shape: (S, ...)."""
+    total = len(whole_SX)
+    first, stop = (total * index // world_size() for index in (rank(), rank() + 1))
     if stop > first:
-        yield Piece(part, name, flat[first:stop], flat.numel(), first, shape=tuple(whole.shape))
+        yield Piece(part, name, whole_SX.detach()[first:stop], total, first, shape=tuple(whole_SX.shape))
+
+
+def shared_out(part: str, name: str, whole: Tensor) -> Iterator[Piece]:
+    """This rank's even share of the elements of a tensor that all ranks hold alike; none, where there are few."""
+    for piece in shared_rows(part, name, whole.reshape(-1)):
+        yield replace(piece, shape=tuple(whole.shape))
 
 
 def read_whole(saved: Saved, part: str, name: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor that `shared_out` has cut, on the CPU."""
+    """A tensor that `shared_out` has cut, on the CPU.
+
+    Raises:
+        UserError: it was not saved, or in another size.
+    """
+    total, expected = saved.total(part, name), math.prod(shape)
+    if total != expected:
+        raise UserError(f"checkpoint: {part} {name} has {total} elements, not {expected}; it is of another model")
     return saved.rows(part, name, 0, math.prod(shape)).reshape(shape)

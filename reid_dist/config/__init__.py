@@ -8,6 +8,7 @@ from reid_dist.config.data import AugmentConfig, DataConfig, StreamConfig
 from reid_dist.config.engine import EngineConfig, OptimizerConfig, OptimizerRule
 from reid_dist.config.losses import ContrastiveLoss, I2ILoss, IdentityPromptLoss, PretrainLoss, TextLoss
 from reid_dist.config.model import ModelConfig, PromptConfig, WordGruConfig
+from reid_dist.config.run import CheckpointConfig, GuardConfig, SupervisionConfig
 from reid_dist.config.section import Section
 from reid_dist.config.stages import (
     STAGE_CONFIGS,
@@ -25,10 +26,12 @@ from reid_dist.config.stages import (
 __all__ = [
     "STAGE_CONFIGS",
     "AugmentConfig",
+    "CheckpointConfig",
     "ContrastiveLoss",
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "GuardConfig",
     "I2ILoss",
     "I2IStageConfig",
     "IdentityPromptLoss",
@@ -45,6 +48,7 @@ __all__ = [
     "Section",
     "StageConfig",
     "StreamConfig",
+    "SupervisionConfig",
     "T2IStageConfig",
     "TextLoss",
     "WordGruConfig",

@@ -8,10 +8,12 @@ from reid_dist.config.section import Momentum, NotNegative, Positive, Section
 
 
 class EngineConfig(Section):
-    """DeepSpeed."""
+    """What trains a stage, and how."""
 
-    backend: Literal["deepspeed"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    backend: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch: DDP and FSDP2, without DeepSpeed")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="ranks share out 1: optimizer state, 2: and gradients, 3: and weights"
+    )
     precision: Literal["fp32", "bf16", "pure_bf16"] = Field(
         "fp32", description="bf16: autocast over fp32 weights; pure_bf16: bf16 weights, fp32 masters"
     )
@@ -33,6 +35,14 @@ class EngineConfig(Section):
             )
         if self.cached_gradients and self.zero_stage == 3:
             raise ValueError("cached_gradients: needs whole weights between forwards; choose zero_stage 0, 1 or 2")
+        return self
+
+    @model_validator(mode="after")
+    def _backend_can(self) -> "EngineConfig":
+        if self.backend == "torch" and self.deepspeed:
+            raise ValueError("deepspeed: raw keys are DeepSpeed's, and backend is torch; remove one of the two")
+        if self.backend == "torch" and self.precision == "pure_bf16":
+            raise ValueError("precision: pure_bf16 has no fp32 masters with backend torch; choose bf16 or fp32")
         return self
 
     @model_validator(mode="after")

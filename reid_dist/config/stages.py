@@ -9,6 +9,7 @@ from reid_dist.config.data import DataConfig
 from reid_dist.config.engine import EngineConfig, OptimizerConfig
 from reid_dist.config.losses import ContrastiveLoss, I2ILoss, IdentityPromptLoss, PretrainLoss, TextLoss
 from reid_dist.config.model import ModelConfig
+from reid_dist.config.run import CheckpointConfig, GuardConfig, SupervisionConfig
 from reid_dist.config.section import Section
 
 StageKind = Literal["pretrain", "prompt", "identity_prompt", "i2i", "t2i"]
@@ -175,6 +176,10 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     max_steps: int | None = Field(None, gt=0, description="cap on the steps of every stage")
     log_every: int = Field(20, gt=0, description="steps between lines and TensorBoard points")
+    ledger: bool = Field(False, description="each rank appends what it trained on, step by step: sample by sample")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
     model: ModelConfig
     stages: list[AnyStageConfig] = Field(min_length=1)
 

@@ -1,5 +1,6 @@
 """What the trainer needs of a backend."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
@@ -64,6 +65,16 @@ class Engine(ABC):
         """Parameter groups: `names`, `lr` as it is now, `base_lr` and `weight_decay`."""
 
     @property
+    def described(self) -> str:
+        """How it trains, in a few words."""
+        return f"ZeRO {self.config.zero_stage}, {self.config.precision}"
+
+    @property
+    def waits_in_forward(self) -> bool:
+        """Whether a forward waits for other ranks, because weights are gathered in it."""
+        return self.config.zero_stage == 3
+
+    @property
     def learning_rate(self) -> float:
         """Learning rate of the first group."""
         return float(self.groups[0]["lr"])
@@ -89,6 +100,11 @@ class Engine(ABC):
     def full_parameters(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """As `exact_parameters`, which see, all at once in copies on the CPU. Collective."""
         return {name: tensor.to("cpu", copy=True) for name, tensor in self.exact_parameters(names)}
+
+    @contextlib.contextmanager
+    def callable_modules(self) -> Iterator[None]:
+        """Within it modules of the stage may be called by themselves, outside a forward of the engine. Collective."""
+        yield
 
     @abstractmethod
     def full_gradients(self) -> dict[str, Tensor]:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid_dist.config import EngineConfig, OptimizerConfig
-from reid_dist.distributed import local_device, rank, world_size
+from reid_dist.distributed import local_device, rank, sum_over_ranks, world_size
 from reid_dist.engine.base import Engine
+from reid_dist.engine.deepspeed_state import DeepSpeedState
 from reid_dist.errors import UserError
 from reid_dist.models.dual_encoder import MAX_LOGIT_SCALE
-from reid_dist.optim import build_optimizer, parameter_groups, set_learning_rate
+from reid_dist.optim import build_optimizer, parameter_groups, set_learning_rate, state_names
 from reid_dist.pieces import Piece, Saved
 from reid_dist.recipe_file import merge
 from reid_dist.stages import Batch, Stage, StageOutput
@@ -40,6 +41,9 @@ def deepspeed_config(config: EngineConfig, micro_batch_size: int) -> dict[str, A
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    if config.zero_stage in (1, 2) and config.precision != "pure_bf16" and not config.max_grad_norm:
+        # `pending_norm` has found it, with one collective for all groups, and decides alone about the step.
+        derived["zero_optimization"]["compute_grad_norm"] = False
     if config.precision == "bf16":
         derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if config.precision == "pure_bf16":
@@ -58,16 +62,18 @@ class DeepSpeedEngine(Engine):
         micro_batch_size: samples per rank and accumulation step.
 
     Raises:
-        UserError: nothing trains, or the precision does not run here.
+        UserError: nothing trains, the precision does not run here, or a raw key has no checkpoints.
     """
 
     def __init__(self, stage: Stage, config: EngineConfig, optimizer: OptimizerConfig, micro_batch_size: int) -> None:
         import deepspeed
 
         _check_precision(stage, config)
+        _check_placement(config)
         self.stage = stage
         self.config = config
         self._gradient_norm: Tensor | None = None
+        self._pending_norm: Tensor | None = None
         self._stored = set(stage.state_dict())
         # Masters start from it, and frozen weights are exported as they came.
         self._exact = _copies_of_what_bf16_rounds(stage, config)
@@ -83,6 +89,7 @@ class DeepSpeedEngine(Engine):
             )
         self._restore_masters()
         self._hold_logit_scale()
+        self._state = DeepSpeedState(stage, self._optimizer, config.zero_stage, state_names(optimizer), self._exact)
 
     def __call__(self, batch: Batch) -> StageOutput:
         """See `Engine`."""
@@ -98,22 +105,46 @@ class DeepSpeedEngine(Engine):
         """Backward of a micro-batch; gradients are averaged over ranks and accumulation steps."""
         self._engine.backward(loss)
 
+    @torch.no_grad()
     def pending_norm(self) -> Tensor:
-        """See `Engine`."""
-        raise NotImplementedError
+        """See `Engine`; inf also where its square is beyond fp32, as to DeepSpeed."""
+        if self._pending_norm is None:
+            # Where DeepSpeed holds them in bf16, as it does for pure_bf16, their squares would be sums of bf16.
+            gradients = [gradient.float() for gradient in self._state.gradients()]
+            square = nn.utils.get_total_norm(gradients).square().to(local_device())
+            # At ZeRO 0 every rank has all of them.
+            self._pending_norm = (sum_over_ranks(square) if self.config.zero_stage else square).sqrt()
+        return self._pending_norm
 
     def step(self, skip: bool = False) -> bool:
-        """See `Engine`."""
+        """See `Engine`.
+
+        Raises:
+            FloatingPointError: a gradient is not finite, and the step was to be made.
+        """
         boundary = bool(self._engine.is_gradient_accumulation_boundary())
-        if boundary and self.config.zero_stage == 0 and self.config.precision != "pure_bf16":
-            # DeepSpeed only knows the norm at ZeRO 0 when it clips.
-            gradients = [p.grad for p in self.stage.parameters() if p.grad is not None]
-            self._gradient_norm = nn.utils.get_total_norm(gradients)
+        if not boundary:
+            self._engine.step()
+            return False
+        norm, self._pending_norm = self.pending_norm(), None
+        if skip:
+            self._skip()
+            return False
+        if not norm.isfinite():
+            # DeepSpeed would make the step at ZeRO 0; elsewhere leave it out, but gradients in some buffers.
+            raise FloatingPointError("the gradients are not finite: the step must be skipped, on all ranks")
         self._engine.step()
-        updated = boundary and bool(self._engine.was_step_applied())
-        if updated:
-            self._hold_logit_scale()
-        return updated
+        self._gradient_norm = norm
+        self._state.clear_shards()
+        self._hold_logit_scale()
+        return bool(self._engine.was_step_applied())
+
+    def _skip(self) -> None:
+        """A micro-batch that is counted, at a boundary that makes no step."""
+        self._state.let_go()
+        self._engine.set_gradient_accumulation_boundary(False)
+        self._engine.step()
+        self._engine._is_gradient_accumulation_boundary = None  # as at first: by the count of micro-batches
 
     def set_learning_rate(self, factor: float) -> None:
         """Sets every group to `factor` times its base learning rate."""
@@ -125,9 +156,8 @@ class DeepSpeedEngine(Engine):
         return list(self._optimizer.param_groups)
 
     def gradient_norm(self) -> float:
-        """Global L2 norm of the last step's gradients before clipping (0 before the first); waits for the device."""
-        norm = self._engine.get_global_grad_norm() or self._gradient_norm
-        return 0.0 if norm is None else float(norm)
+        """See `Engine`; of the last step that was made."""
+        return 0.0 if self._gradient_norm is None else float(self._gradient_norm)
 
     @torch.no_grad()
     def _restore_masters(self) -> None:
@@ -201,11 +231,12 @@ class DeepSpeedEngine(Engine):
 
     def pieces(self) -> Iterator[Piece]:
         """See `Engine`."""
-        raise NotImplementedError
+        return self._state.pieces()
 
     def restore(self, saved: Saved) -> None:
         """See `Engine`."""
-        raise NotImplementedError
+        self._state.restore(saved)
+        self._hold_logit_scale()
 
     def close(self) -> None:
         """Lets go of the engine's hooks and buffers, so that the next stage can build its own."""
@@ -219,6 +250,14 @@ def _check_precision(stage: Stage, config: EngineConfig) -> None:
     for name, module in stage.named_modules():
         if isinstance(module, _BatchNorm):
             raise UserError(f"engine.precision: pure_bf16 does not run {name}, a BatchNorm, on a CPU; set bf16 or fp32")
+
+
+def _check_placement(config: EngineConfig) -> None:
+    """Raw keys that put state or gradients where neither checkpoints nor skipped steps look for them."""
+    zero = config.deepspeed.get("zero_optimization") or {}
+    for key in ("offload_optimizer", "offload_param", "round_robin_gradients"):
+        if zero.get(key):
+            raise UserError(f"engine.deepspeed.zero_optimization.{key}: cannot be saved and resumed; remove the key")
 
 
 def _copies_of_what_bf16_rounds(stage: Stage, config: EngineConfig) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ Shape suffixes: B batch, C channels, H rows, W columns, L tokens, D feature size
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,9 +19,11 @@ from reid_dist.errors import UserError
 from reid_dist.models.dual_encoder import DualEncoder
 from reid_dist.models.linear import redraw, redrawn_linears
 from reid_dist.models.projection import projection_names
+from reid_dist.pieces import Piece, Saved, read_whole, shared_out
 
 Tower = Literal["visual", "text"]
 TOWERS: tuple[Tower, ...] = ("visual", "text")
+PART = "key_encoder"  # of a run's state
 _PREFIX = "encoder."
 
 
@@ -138,6 +140,23 @@ class MomentumEncoder:
         """Takes what `state` gave, here or in another run; stays on its device. Refuses what `start` refuses."""
         for name, tensor in self._checked(state.items()):
             self._masters[name].copy_(tensor)
+            self._refresh(name)
+
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's share of the averages, for a checkpoint."""
+        for name in self._parameters:
+            yield from shared_out(PART, name, self._masters[name])
+
+    def restore(self, saved: Saved, buffers: Mapping[str, Tensor]) -> None:
+        """Takes up what `pieces` gave; the copied buffers from the encoder, as `update` does.
+
+        Args:
+            saved: of any number of ranks.
+            buffers: the encoder's, restored.
+        """
+        for name, master in self._masters.items():
+            shape = tuple(master.shape)
+            master.copy_(read_whole(saved, PART, name, shape) if name in self._parameters else buffers[name])
             self._refresh(name)
 
     def digest(self) -> Tensor:

@@ -4,15 +4,14 @@ MoCo (He et al., CVPR 2020, section 3.2) with one queue for each modality, as in
 2021, section 3.2). The rows of all ranks enter in canonical order, which is the plan's (reid_dist/data/sampler.py), so
 N ranks with A accumulation steps hold the same bytes as one rank with N x A.
 
-The keys are features of photographs of people, stored beside their identities: PERSONAL DATA, in memory and in the
-file that `save` writes. Exports of a model never hold a queue.
+The keys are features of photographs of people, stored beside their identities: PERSONAL DATA, in memory and in
+checkpoints. Exports of a model never hold a queue.
 
 Shape suffixes: B rows of this rank, R = max_rows, G = world_size x R gathered rows (padded, rank-major), K slots of the
 queue, S slots of this rank's shard, T rows of the tail, D feature size, U ids of a batch.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -21,9 +20,9 @@ from torch import Tensor
 from reid_dist.digest import mixed
 from reid_dist.distributed import PackedGather, check_equal_on_ranks, rank, start_all_gather, sum_over_ranks, world_size
 from reid_dist.kernels.contrastive import EMPTY, Backend, Mask, identity_means, queue_attend
-from reid_dist.models.queue_file import QueueRecord, load_ring, save_ring
 from reid_dist.models.queue_ring import Modality, Ring
 from reid_dist.models.queue_shards import sharded_attend, sharded_means
+from reid_dist.pieces import Piece, Saved
 
 QueueInit = Literal["empty", "random_as_published"]
 
@@ -69,8 +68,8 @@ class PendingKeys:
 class FeatureQueue:
     """The newest `size` pairs of keys with their identities, equal on all ranks; not a module, so no buffer of one.
 
-    The row with sequence number n is in slot n % size. Nothing here waits for the device except `check_agreement`,
-    `save` and `load`. Order of use in a step: `gather` right after the key encoder, `lse` for the loss, and `commit`
+    The row with sequence number n is in slot n % size. Nothing here waits for the device except `check_agreement`
+    and `restore`. Order of use in a step: `gather` right after the key encoder, `lse` for the loss, and `commit`
     after the backward of the last micro-step, and only if the optimizer stepped: every rank must decide alike.
 
     `commit` and a `current` of `lse` write into the storage that earlier calls of `lse` read. That is safe because
@@ -215,38 +214,26 @@ class FeatureQueue:
         Raises:
             DivergenceError: on every rank, naming those that differ.
         """
+        check_equal_on_ranks(self.agreed(), "the feature queue")
+
+    def agreed(self) -> Tensor:
+        """The number that must be the same on all ranks, of which `check_agreement` tells; int64. Shape: ()."""
         value = self.ring.next if self.sharded else self.ring.digest()
         # A rank whose slots contradict its next number must not agree with anyone.
-        value = torch.where(self.ring.in_sequence(), value, -1 - rank())
-        check_equal_on_ranks(value, "the feature queue")
+        return torch.where(self.ring.in_sequence(), value, -1 - rank())
 
-    def save(self, folder: Path, step: int) -> None:
-        """Writes the queue as safetensors and JSON, whole or not at all; every rank calls it. PERSONAL DATA.
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's rows, for a checkpoint. PERSONAL DATA."""
+        return self.ring.pieces()
 
-        Args:
-            folder: visible to every rank; replaced when it exists.
-            step: optimizer steps done, for the record.
-
-        Raises:
-            UserError: the files cannot be written; on every rank.
-        """
-        save_ring(self.ring, folder, step)
-
-    def load(self, folder: Path) -> QueueRecord:
-        """Replaces the content by that of a saved queue; every rank calls it.
-
-        The file may come from any number of ranks, replicated or sharded, and from a queue of another size: the
-        newest keys are kept, by sequence number. Keys of another dtype are converted: float32 to bfloat16 rounds to
-        the nearest, bfloat16 to float32 changes no value.
-
-        Returns:
-            What the file says about itself.
+    def restore(self, saved: Saved) -> None:
+        """Replaces the content by what `pieces` gave: of any number of ranks, replicated or sharded, and of any size.
 
         Raises:
-            UserError: missing, damaged or unfit files, with the remedy; on every rank, and the queue is unchanged.
+            UserError: the queue was not saved.
         """
         self._tail = ()
-        return load_ring(self.ring, folder)
+        self.ring.restore(saved)
 
     @property
     def nbytes(self) -> int:

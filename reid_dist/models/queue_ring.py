@@ -13,12 +13,15 @@ from torch import Tensor
 
 from reid_dist.digest import mixed, words
 from reid_dist.kernels.contrastive import EMPTY, RANDOM
+from reid_dist.pieces import Piece, Saved, read_whole, shared_out, shared_rows
 
 Modality = Literal["image", "text"]
+PART = "queue"  # of a run's state
 
 # Sequence number of a slot that was never written; numbers of first, random content are negative but small.
 _NEVER = torch.iinfo(torch.int64).min
 _RANDOM_BLOCK = 4096
+_READ = 1 << 16  # rows at once
 _DIGEST_WORDS = 1 << 22
 
 
@@ -115,6 +118,32 @@ class Ring:
         self.image_XD[start:stop] = image_TD
         self.text_XD[start:stop] = text_TD
         self.ids_X[start:stop] = ids_T
+
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's slots of the ring, for a checkpoint. PERSONAL DATA."""
+        for name, x in self._stored().items():
+            if self.shards == 1:
+                yield from shared_rows(PART, name, x[: self.slots])
+            elif self.slots:
+                shape = (self.size, *x.shape[1:])
+                yield Piece(PART, name, x[: self.slots], self.size, self.shard, self.shards, shape)
+        yield from shared_out(PART, "next", self.next)
+
+    def restore(self, saved: Saved) -> None:
+        """Takes up what `pieces` gave, of any number of ranks and a ring of any size: the newest rows that were saved.
+
+        Keys of another dtype are converted: float32 to bfloat16 rounds, bfloat16 to float32 changes no value.
+        """
+        total = saved.total(PART, "ids")
+        self.clear()
+        self.next.copy_(read_whole(saved, PART, "next", ()))
+        for first in range(0, total, _READ):
+            place = (first, min(_READ, total - first))
+            rows = {name: saved.rows(PART, name, *place).to(x.device) for name, x in self._stored().items()}
+            self.place(rows["image"], rows["text"], rows["ids"], rows["sequence"], rows["ids"] != EMPTY)
+
+    def _stored(self) -> dict[str, Tensor]:
+        return {"image": self.image_XD, "text": self.text_XD, "ids": self.ids_X, "sequence": self.sequence_X}
 
     def digest(self) -> Tensor:
         """Position-weighted sum of the shard's raw words, modulo 2^64; the shards' sum is that of the whole ring.

@@ -4,8 +4,8 @@ Rank w of W holds the centres of a range of classes, their optimizer's moments a
 of 512 features under Adam are 8.2 GB with gradients on every rank when dense, 8.2 GB / W here. Below rate 1 a step
 counts, and moves, its own classes and a sample of the rest, so that logits and gradients shrink too.
 
-The centres are mean directions of people's features: PERSONAL DATA, in memory and in the files of classifier_file.py.
-Exports of a model never hold them.
+The centres are mean directions of people's features: PERSONAL DATA, in memory and in checkpoints. Exports
+of a model never hold them.
 
 Shape suffixes: V labels of a step, C classes, S classes of this rank, P of them that a step counts, D feature size.
 """
@@ -21,7 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from reid_dist.digest import mixed, words
 from reid_dist.distributed import all_gather, rank, sum_over_ranks, world_size
 from reid_dist.models.row_optimizer import RowOptimizer
+from reid_dist.pieces import Piece, Saved
 
+PART = "classifier"  # of a run's state
 # Drawn together: a block's centres depend on its number alone, so every number of ranks draws the same.
 _DRAWN = 1024
 # Moved together: an update's temporary tensors are of this many rows.
@@ -159,6 +161,19 @@ class ShardedClassifier:
         """All that is kept of this rank's classes between steps, by name: the tensors themselves."""
         moments = {f"moment_{number}": moment for number, moment in enumerate(self.moments)}
         return {"weight": self.weight_SD, **moments, "steps": self.steps_S}
+
+    def pieces(self) -> Iterator[Piece]:
+        """The classes of this rank, for a checkpoint. PERSONAL DATA."""
+        for name, x in self.rows().items():
+            if len(x):
+                yield Piece(PART, name, x.detach(), self.classes, self.first, shape=(self.classes, *x.shape[1:]))
+
+    def restore(self, saved: Saved, steps: int) -> None:
+        """Takes up what `pieces` gave, of any number of ranks, and the count of steps."""
+        self.discard()
+        for name, x in self.rows().items():
+            x.copy_(saved.rows(PART, name, self.first, len(x)))
+        self.steps = steps
 
     def digest(self) -> Tensor:
         """A number that changes with any bit of centres, moments and counts; int64, Shape: (). A collective.

@@ -1,6 +1,6 @@
 """What a training stage is: model + losses as one module, so that an engine and the trainer see only `stage(batch)`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from reid_dist.models.momentum import TOWERS
 from reid_dist.models.projection import projection_names
 from reid_dist.models.sharded_classifier import ShardedClassifier
 from reid_dist.optim import TrainableGroup
+from reid_dist.pieces import Piece, Saved
 from reid_dist.stages.contract import Batch, Features, StageOutput, State, Weights
 from reid_dist.stages.momentum_contrast import MomentumContrast
 
@@ -115,6 +116,25 @@ class Stage(nn.Module):
             self.sharded.end(updated)
         if self.moco is not None and updated:
             self.moco.after_step(states, weights)
+
+    def counters(self) -> dict[str, int]:
+        """Counts of steps beside the engine's, the same on all ranks, for a checkpoint."""
+        found = {} if self.moco is None else {"commits": self.moco.commits}
+        return found if self.sharded is None else {**found, "classifier": self.sharded.steps}
+
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's share of what the engine does not hold: queue, key encoders, class centres. PERSONAL DATA."""
+        if self.moco is not None:
+            yield from self.moco.pieces()
+        if self.sharded is not None:
+            yield from self.sharded.pieces()
+
+    def restore(self, saved: Saved, counters: Mapping[str, int]) -> None:
+        """Takes up what `pieces` and `counters` gave; after `start`, and after weights and buffers are restored."""
+        if self.moco is not None:
+            self.moco.restore(saved, dict(self.named_buffers()), counters["commits"])
+        if self.sharded is not None:
+            self.sharded.restore(saved, counters["classifier"])
 
     def bytes_beside(self, world_size: int) -> float:
         """Bytes of one rank of `world_size` that the engine does not hold."""

@@ -3,13 +3,14 @@
 Shape suffixes: B rows of this rank, T of these with captions, D features.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from reid_dist.config import I2ILoss
 from reid_dist.models.dual_encoder import DualEncoder
+from reid_dist.pieces import Saved
 from reid_dist.stages.base import Stage
 from reid_dist.stages.conflict import gradient_cosines
 from reid_dist.stages.contract import ALONE, Batch, Features, State, Surroundings, Weights
@@ -111,6 +112,15 @@ class I2IStage(Stage):
         """See `Stage.after_step`."""
         self._steps += 1
         super().after_step([state for state in states if state], updated, weights)
+
+    def counters(self) -> dict[str, int]:
+        """See `Stage.counters`."""
+        return {**super().counters(), "steps": self._steps}
+
+    def restore(self, saved: Saved, counters: Mapping[str, int]) -> None:
+        """See `Stage.restore`."""
+        super().restore(saved, counters)
+        self._steps = counters["steps"]
 
     def _image_loss(self, image_BD: Tensor, batch: Batch, captions: int) -> tuple[Tensor, dict[str, Tensor]]:
         pid_B = batch["pid_B"]

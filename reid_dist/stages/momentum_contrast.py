@@ -3,7 +3,7 @@
 Shape suffixes: B rows of this rank, S of its whole step, U of the step on all ranks, D features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from reid_dist.models.dual_encoder import DualEncoder
 from reid_dist.models.momentum import TOWERS, MomentumEncoder
 from reid_dist.models.queue import FeatureQueue
 from reid_dist.models.queue_ring import Modality
+from reid_dist.pieces import Piece, Saved
 from reid_dist.stages.contract import Batch, State, Surroundings, Weights
 
 
@@ -43,6 +44,9 @@ class MomentumContrast:
         place: the run; the queue is in bfloat16 unless the precision is fp32.
         positives: see above.
         ids: the batch's entry that says which keys are of one identity.
+
+    Attributes:
+        commits: steps whose keys have entered.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class MomentumContrast:
         self.key_encoder = MomentumEncoder(
             encoder, towers, setting.momentum, setting.key_head, cast, place.seed if redrawn else None
         )
-        self._commits = 0
+        self.commits = 0
 
     def bytes_beside(self, world_size: int) -> float:
         """Of queue and key encoders, on one rank of `world_size`."""
@@ -137,6 +141,17 @@ class MomentumContrast:
         """Takes over the weights that all ranks begin with."""
         self.key_encoder.start(weights(self.key_encoder.names))
 
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's share of queue and key encoders, for a checkpoint. PERSONAL DATA."""
+        yield from self.queue.pieces()
+        yield from self.key_encoder.pieces()
+
+    def restore(self, saved: Saved, buffers: Mapping[str, Tensor], commits: int) -> None:
+        """Takes up what `pieces` gave; see `MomentumEncoder.restore`."""
+        self.queue.restore(saved)
+        self.key_encoder.restore(saved, buffers)
+        self.commits = commits
+
     def after_step(self, states: Sequence[State], weights: Weights) -> None:
         """Enqueues the step's keys and moves the key encoders. Now and then the ranks compare theirs.
 
@@ -145,8 +160,8 @@ class MomentumContrast:
         """
         self.queue.commit([state["pending"] for state in states])
         self.key_encoder.update(weights(self.key_encoder.names))
-        self._commits += 1
+        self.commits += 1
         every = self.setting.queue_check_every
-        if every and self._commits % every == 0:
+        if every and self.commits % every == 0:
             self.queue.check_agreement()
             check_equal_on_ranks(self.key_encoder.digest(), "the momentum encoder")

@@ -60,7 +60,7 @@ class TextLosses(nn.Module):
         if setting.with_prototypes:
             if prototype_CD is None:
                 raise ValueError("classifier: prototypes without prototypes; hand them over")
-            self.register_buffer("prototype_CD", prototype_CD)
+            self.register_buffer("prototype_CD", prototype_CD, persistent=False)
         elif setting.identity_weight and setting.classifier != "shared":
             self.classifier = CLASSIFIERS[setting.classifier](features, identities)
         if setting.mlm_weight:
