@@ -5,10 +5,12 @@ A rank computes its own rows against features gathered from all ranks; `all_gath
 back to the rank that owns the row, so the averaged parameter gradient is the gradient of the global-batch loss.
 """
 
+import contextlib
 import os
 import re
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from reid_dist.errors import DivergenceError, UserError
+
+# Name servers of a cluster may be slow while a job of many hosts starts.
+_RESOLVE_S = 5.0
 
 
 def environment_rank() -> int:
@@ -75,14 +80,62 @@ def set_single_process_environment() -> None:
 
 
 def initialize(device: torch.device, timeout_s: float = 600.0) -> None:
-    """Joins the process group: NCCL for CUDA devices, gloo for the CPU. Does nothing when already joined."""
+    """Joins the process group: NCCL for CUDA devices, gloo for the CPU. Does nothing when already joined.
+
+    Raises:
+        UserError: the ranks did not meet at MASTER_ADDR and MASTER_PORT.
+    """
     if dist.is_initialized():
         return
     set_single_process_environment()
+    _check_master_address()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        # A rank that has gone while they met has said why itself.
+        if is_lost_peer(error) or not (isinstance(error, dist.DistError) or "Gloo connect" in str(error)):
+            raise
+        raise UserError(_why_not_met(str(error))) from error
     if backend == "gloo":  # else a rank 0 that ends at once takes the store away from ranks that still connect
         dist.barrier()
+
+
+def _check_master_address() -> None:
+    """Torch would ask for a name that nobody knows until its timeout, and then not say that this was it."""
+    address = os.environ["MASTER_ADDR"]
+    deadline = time.monotonic() + _RESOLVE_S
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"MASTER_ADDR={address}: rank {environment_rank()} on {socket.gethostname()} cannot resolve it"
+                    f" ({error.strerror}); set it to a name or address of rank 0's host that all hosts know"
+                ) from error
+            time.sleep(0.5)
+
+
+def _why_not_met(said: str) -> str:
+    """One line for what torch says of ranks that did not find each other."""
+    place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+    who = f"rank {environment_rank()} of {environment_world_size()} on {socket.gethostname()}"
+    said = said.splitlines()[0]
+    if "EADDRINUSE" in said:
+        return f"{place}: {who}: another program listens on the port; choose another MASTER_PORT for all ranks"
+    if "waiting for clients" in said:
+        return f"{place}: {who} waited for the others in vain ({said}); look at their hosts, and for a firewall between"
+    if "Gloo connect" in said:
+        return (
+            f"{place}: {who} met the others there, but cannot reach each of them ({said}); set GLOO_SOCKET_IFNAME to"
+            " the network interface between the hosts, and open its ports"
+        )
+    return (
+        f"{place}: {who}: rank 0 does not answer there ({said}); look at its host, whether both values are the same on"
+        " all hosts, and for a firewall between"
+    )
 
 
 def shutdown() -> None:
@@ -109,12 +162,47 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has gone, as gloo and NCCL put it."""
-    text = str(error)
-    return any(
-        words in text for words in ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-    )
+def is_lost_peer(error: BaseException | None) -> bool:
+    """Whether a collective failed because another rank has gone, as gloo and NCCL put it, or led to this error."""
+    if error is None:
+        return False
+    said = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    return any(words in str(error) for words in said) or is_lost_peer(error.__context__)
+
+
+class Moment:
+    """Now: on the host, or on a GPU when its stream gets here."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._host = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def seconds_since(self, earlier: "Moment") -> float:
+        """Time between two moments; waits until the GPU has got here."""
+        if self._event is None or earlier._event is None:
+            return self._host - earlier._host
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event)) / 1000
+
+
+_waits: list[tuple[Moment, Moment]] | None = None
+
+
+def note_waits(into: list[tuple[Moment, Moment]] | None) -> None:
+    """From now on adds to a list when this process entered and left each collective on tensors here; None: no more."""
+    global _waits
+    _waits = into
+
+
+@contextlib.contextmanager
+def _waiting(device: torch.device) -> Iterator[None]:
+    entered = None if _waits is None else Moment(device)
+    yield
+    if _waits is not None and entered is not None:
+        _waits.append((entered, Moment(device)))
 
 
 def barrier() -> None:
@@ -135,7 +223,8 @@ def all_gather(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
+    with _waiting(x.device):
+        dist.all_gather(parts, x.detach().contiguous())
     return torch.cat(parts)
 
 
@@ -170,7 +259,8 @@ class PackedGather:
     def wait(self) -> list[Tensor]:
         """The gathered tensors, (world_size * B, ...) each, in rank order. On a GPU only its stream waits."""
         if self._work is not None:
-            self._work.wait()
+            with _waiting(self._gathered.device):
+                self._work.wait()
             self._work = None
             del self._sent
         rank_WX = self._gathered.view(world_size(), -1)
@@ -210,7 +300,8 @@ def all_to_all(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(received, x.detach().contiguous())
+    with _waiting(x.device):
+        dist.all_to_all_single(received, x.detach().contiguous())
     return received
 
 
@@ -218,7 +309,8 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     """Sum of a tensor of equal shape over ranks, without gradient; integers wrap."""
     total = x.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(total)
+        with _waiting(x.device):
+            dist.all_reduce(total)
     return total
 
 
@@ -233,15 +325,18 @@ def check_equal_on_ranks(value: Tensor, what: str) -> None:
         DivergenceError: on every rank alike.
     """
     values = all_gather(value.view(1)).tolist()
-    if len(set(values)) == 1:
-        return
+    if len(set(values)) > 1:
+        who = who_differs(values)
+        raise DivergenceError(f"{what} is not the same on all ranks: {who}; continue from the last checkpoint")
+
+
+def who_differs(values: Sequence[int]) -> str:
+    """Which ranks hold another value than most, in words; one value for each rank, not all equal."""
     common = max(values, key=values.count)
     if 2 * values.count(common) > len(values):
         others = [str(owner) for owner, found in enumerate(values) if found != common]
-        who = f"rank{'s' if len(others) > 1 else ''} {', '.join(others)} of {len(values)} diverged from the others"
-    else:
-        who = "two ranks differ" if len(values) == 2 else f"no majority of the {len(values)} ranks agrees"
-    raise DivergenceError(f"{what} is not the same on all ranks: {who}; continue from the last checkpoint")
+        return f"rank{'s' if len(others) > 1 else ''} {', '.join(others)} of {len(values)} diverged from the others"
+    return "two ranks differ" if len(values) == 2 else f"no majority of the {len(values)} ranks agrees"
 
 
 class _AllGather(torch.autograd.Function):

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from reid_dist.distributed import mean_over_ranks, rank, world_size
-from reid_dist.errors import UserError
+from reid_dist.slow_ranks import OwnWork
 
 
 def say(text: str) -> None:
@@ -32,9 +33,22 @@ class StageLog:
         total_steps: optimizer steps of the stage.
         global_batch_size: samples of a step.
         log_every: steps between points.
+        own_work: of this rank; what it finds is said with the points. None: nothing is measured.
+
+    Attributes:
+        own_work: see above.
+        history: the points.
     """
 
-    def __init__(self, name: str, folder: Path, total_steps: int, global_batch_size: int, log_every: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        total_steps: int,
+        global_batch_size: int,
+        log_every: int,
+        own_work: OwnWork | None = None,
+    ) -> None:
         self.name = name
         self.total_steps = total_steps
         self.global_batch_size = global_batch_size
@@ -47,7 +61,32 @@ class StageLog:
         self._counts: dict[str, int] = {}
         self._since = time.perf_counter()
         self._waited = 0.0
+        self.own_work = OwnWork(torch.device("cpu"), 0.0) if own_work is None else own_work
         self.history: list[dict[str, float]] = []
+
+    def state(self) -> dict[str, Any]:
+        """What this rank knows, for a checkpoint: JSON-able, numbers bit by bit."""
+        sums = {key: [float(value).hex(), self._counts[key]] for key, value in self._sums.items()}
+        return {
+            "sums": sums,
+            "history": [{key: _text(value) for key, value in point.items()} for point in self.history],
+            "waited": self._waited,
+            "elapsed": time.perf_counter() - self._since,
+        }
+
+    def load(self, state: dict[str, Any], step: int, device: torch.device) -> None:
+        """Goes on from what `state` gave, after so many steps."""
+        self.history = [
+            {key: float(value) if isinstance(value, str) else value for key, value in point.items()}
+            for point in state["history"]
+        ]
+        self._sums = {
+            key: torch.tensor(float.fromhex(value), dtype=torch.float64, device=device)
+            for key, (value, _) in state["sums"].items()
+        }
+        self._counts = {key: count for key, (_, count) in state["sums"].items()}
+        self._since, self._waited = time.perf_counter() - state["elapsed"], state["waited"]
+        self._bar.update(step - self._bar.n)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Adds the values of one micro-batch, without waiting for the device; all ranks add the same names."""
@@ -63,21 +102,25 @@ class StageLog:
         gradient_norm: Callable[[], float],
         wait_seconds: float,
         bad_samples: int = 0,
+        skipped_steps: int = 0,
     ) -> None:
         """Counts an optimizer step (0-based); all ranks enter, because means over ranks are a collective.
 
-        `wait_seconds` and `bad_samples` are this rank's since the stage began.
-
-        Raises:
-            UserError: a loss is no longer finite.
+        `wait_seconds` and `bad_samples` are this rank's since the stage began, `skipped_steps` those of all ranks.
         """
         self._bar.update()
         done = step + 1
         if done % self.log_every and done != self.total_steps:
             return
+        if not self._sums:
+            say(f"{self.name} {done}/{self.total_steps}: every step since the last line was skipped")
+            self._since, self._waited = time.perf_counter(), wait_seconds
+            return
         keys = sorted(self._sums)
         sums = torch.stack([self._sums[key] / self._counts[key] for key in keys])
-        *means, bad = mean_over_ranks(torch.cat([sums, sums.new_tensor([bad_samples])])).tolist()
+        own_work = self.own_work.report().to(sums)
+        found = mean_over_ranks(torch.cat([sums, sums.new_tensor([bad_samples]), own_work])).tolist()
+        means, bad, worked = found[: len(keys)], found[len(keys)], found[len(keys) + 1 :]
         values = dict(zip(keys, means, strict=True))
         elapsed = time.perf_counter() - self._since
         steps = (step % self.log_every) + 1
@@ -87,16 +130,14 @@ class StageLog:
             "samples_per_s": steps * self.global_batch_size / elapsed,
             "data_wait_percent": 100 * (wait_seconds - self._waited) / elapsed,
             "bad_samples": round(bad * world_size()),
+            "skipped_steps": skipped_steps,
             "memory_gib": _memory_gib(),
         }
         self._sums, self._counts = {}, {}
         self._since, self._waited = time.perf_counter(), wait_seconds
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"stage {self.name}, step {done}: the loss is {values['loss']}; lower stages.{self.name}.optimizer.lr"
-                " or set engine.max_grad_norm"
-            )
         self._write(done, values)
+        if slow := self.own_work.slow(worked):
+            say(f"{self.name} {done}/{self.total_steps}: {slow}")
 
     def _write(self, done: int, values: dict[str, float]) -> None:
         self.history.append({"step": done, **values})
@@ -106,6 +147,7 @@ class StageLog:
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if self._plain:
             bad = f", {values['bad_samples']:.0f} bad samples replaced" if values["bad_samples"] else ""
+            bad += f", {values['skipped_steps']} steps skipped" if values["skipped_steps"] else ""
             say(
                 f"{self.name} {done}/{self.total_steps}: loss {values['loss']:.4f}, lr {values['learning_rate']:.2e},"
                 f" {values['samples_per_s']:.0f} samples/s, waited for data {values['data_wait_percent']:.1f} %{bad}"
@@ -116,6 +158,11 @@ class StageLog:
         self._bar.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _text(value: float) -> float | str:
+    """A number as JSON has it, bit by bit; nan and inf, which it has not, as words."""
+    return value if math.isfinite(value) else str(value)
 
 
 def write_scalars(folder: Path, step: int, values: dict[str, float]) -> None:
