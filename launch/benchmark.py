@@ -1,9 +1,9 @@
-"""Measures a part: `python launch/benchmark.py data|kernel|queue|classifier|evaluation|search --json OUT ...`."""
+"""Measures a part: `python launch/benchmark.py PART --json OUT ...`; without a part, or with -h, it names them."""
 
 import argparse
 import sys
 
-from reid_dist.benchmarks import classifier, data, evaluation, kernel, queue, search
+from reid_dist.benchmarks import checkpoint, classifier, data, evaluation, kernel, plan, queue, search, step
 from reid_dist.errors import UserError
 
 BENCHMARKS = {
@@ -13,6 +13,9 @@ BENCHMARKS = {
     "classifier": classifier,
     "evaluation": evaluation,
     "search": search,
+    "step": step,
+    "plan": plan,
+    "checkpoint": checkpoint,
 }
 
 

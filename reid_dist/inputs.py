@@ -3,8 +3,10 @@
 import contextlib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ from reid_dist.data.loader import Sampling, TrainLoader
 from reid_dist.data.reader import ShardSet
 from reid_dist.data.sampler import local_batch_size
 from reid_dist.data.stream.loader import StreamLoader, StreamSampling
+from reid_dist.data.stream.position import resume_position
 from reid_dist.data.stream.samples import StreamSamples
 from reid_dist.data.stream.source import StreamSource
 from reid_dist.data.tokenizer import Tokenizer, WordTokenizer, build_tokenizer, read_vocabulary
@@ -217,9 +220,15 @@ def stage_fingerprints(config: RunConfig, inputs: Inputs) -> list[str]:
 
 
 def train_loader(
-    config: RunConfig, index: int, inputs: Inputs, rank: int, world_size: int, pin_memory: bool = False
+    config: RunConfig,
+    index: int,
+    inputs: Inputs,
+    rank: int,
+    world_size: int,
+    pin_memory: bool = False,
+    positions: Sequence[dict[str, Any]] = (),
 ) -> TrainLoader | StreamLoader:
-    """A rank's training batches of a stage.
+    """A rank's training batches of a stage; with the positions of all ranks of a checkpoint those that follow it.
 
     Raises:
         UserError: samples without the captions that the stage needs, too few identities or tars, or a batch that does
@@ -240,9 +249,11 @@ def train_loader(
             data.stream.resampled,
             tuple(data.weights),
         )
-        return StreamLoader(StreamSamples(inputs.streams[stage.name], size, tokenizer, augment), streamed, *reading)
+        position = resume_position(positions, rank, world_size, data.workers)[0] if positions else None
+        samples = StreamSamples(inputs.streams[stage.name], size, tokenizer, augment)
+        return StreamLoader(samples, streamed, *reading, position)
     masked = text if isinstance(text, TextLoss) and text.mlm_weight > 0 else None
-    samples = TrainingSamples(
+    items = TrainingSamples(
         [inputs.shards[location] for location in training_locations(stage)],
         size,
         tokenizer,
@@ -264,7 +275,7 @@ def train_loader(
         data.mixing,
         config.stage_steps(stage),
     )
-    return TrainLoader(samples, sampling, *reading)
+    return TrainLoader(items, sampling, *reading, positions)
 
 
 def caption_losses(stage: StageConfig) -> TextLoss | PretrainLoss | None:

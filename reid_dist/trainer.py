@@ -1,89 +1,187 @@
 """The loop of one stage."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from reid_dist.checkpoint.reader import Checkpoint
+from reid_dist.checkpoint.writer import CheckpointWriter
 from reid_dist.config import OptimizerConfig
-from reid_dist.data.bad_samples import BadSamples
-from reid_dist.engine import Engine
-from reid_dist.metrics import StageLog
+from reid_dist.consistency import check_ranks_agree
+from reid_dist.errors import NoMemoryError, Stopped
+from reid_dist.ledger import Ledger
+from reid_dist.metrics import say
 from reid_dist.optim import lr_factor
+from reid_dist.out_of_memory import is_out_of_memory, memory_line
 from reid_dist.stages import Batch
 from reid_dist.stages.cached_gradients import first_pass, joint_gradients, surrogate
 from reid_dist.stages.contract import State
+from reid_dist.supervision.agreement import StopAgreement
+from reid_dist.supervision.watchdog import Watchdog
+from reid_dist.training_state import TrainingState
 
 INPUTS = ("image_BCHW", "token_BL", "masked_token_BL")  # of a batch: what encoders take, and losses do not need
 
 
-class Loader(Protocol):
-    """What training needs of a data source."""
+@dataclass(frozen=True)
+class Companions:
+    """What goes along with the training of a stage and changes nothing in it.
 
-    wait_seconds: float
-    bad_samples: BadSamples
+    Attributes:
+        watchdog: hears at each step where this rank is.
+        stop: whether the ranks were told to stop.
+        compare_every: steps between comparisons of the ranks' weights; 0: none.
+        ledger: None: none is kept.
+        writer: of checkpoints.
+        save_every: steps between two; 0: only when the ranks were told to stop.
+    """
 
-    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """The micro-batches of this rank for each optimizer step."""
+    watchdog: Watchdog
+    stop: StopAgreement
+    compare_every: int
+    ledger: Ledger | None
+    writer: CheckpointWriter
+    save_every: int
 
 
 def train(
-    engine: Engine, loader: Loader, optimizer: OptimizerConfig, total_steps: int, device: torch.device, log: StageLog
+    state: TrainingState,
+    optimizer: OptimizerConfig,
+    total_steps: int,
+    companions: Companions,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
-    """Trains a stage for `total_steps` optimizer steps; every rank calls it.
+    """Trains a stage to `total_steps`, from its beginning or from a checkpoint; every rank calls it.
 
     Raises:
-        UserError: bad data, or a loss that is not finite.
+        UserError: bad data.
+        NonFiniteError: too many steps in a row whose loss or gradient is not finite.
+        DivergenceError: the ranks hold different weights.
+        CheckpointError: a checkpoint could not be written.
+        Stopped: the ranks were told to stop, and have saved.
     """
-    stage = engine.stage.train()
-    stage.start(engine.exact_parameters)
-    run_step = cached_step if engine.config.cached_gradients else accumulated_step
-    for step, micro_batches in enumerate(loader.steps(0, total_steps)):
+    state.engine.stage.train()
+    state.engine.stage.start(state.engine.exact_parameters)
+    start = 0 if checkpoint is None else checkpoint.manifest.step
+    if checkpoint is not None:
+        state.restore(checkpoint)
+    done = start
+    state.log.own_work.start()
+    try:
+        for step in _steps(state, optimizer, total_steps, companions, start):
+            keep(state, companions, step + 1, total_steps)
+            companions.watchdog.at("data", step + 1)
+            state.log.own_work.start()
+            done = step + 1
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise NoMemoryError(memory_line(error, done)) from error
+        raise
+    companions.writer.finish()
+
+
+def _steps(
+    state: TrainingState, optimizer: OptimizerConfig, total_steps: int, companions: Companions, start: int
+) -> Iterator[int]:
+    """Makes the optimizer steps; each is given when all but keeping it is done."""
+    engine, loader, stage = state.engine, state.loader, state.engine.stage
+    for step, micro_batches in enumerate(loader.steps(start, total_steps), start):
+        companions.watchdog.at("step", step)
         factor = lr_factor(optimizer, step, total_steps)
         engine.set_learning_rate(factor)
         stage.set_learning_rate(factor)
-        states, updated = run_step(engine, stage.prepare(micro_batches), device, log)
-        stage.after_step(states, updated, engine.exact_parameters)
-        log.step_done(step, engine.learning_rate, engine.gradient_norm, loader.wait_seconds, loader.bad_samples.count)
+        made = take_step(state, step, stage.prepare(micro_batches))
+        stage.after_step(made.states, made.updated, engine.exact_parameters)
+        if companions.ledger is not None:
+            companions.ledger.add(step, micro_batches, made.losses, made.updated)
+        if companions.compare_every and (step + 1) % companions.compare_every == 0:
+            check_ranks_agree(stage, step)
+        bad, skipped = loader.bad_samples.count, state.guard.skipped
+        state.log.step_done(step, engine.learning_rate, engine.gradient_norm, loader.wait_seconds, bad, skipped)
+        yield step
 
 
-def accumulated_step(
-    engine: Engine, micro_batches: list[Batch], device: torch.device, log: StageLog
-) -> tuple[list[State], bool]:
-    """One optimizer step, each micro-batch with a loss of its own.
+def keep(state: TrainingState, companions: Companions, done: int, total_steps: int) -> None:
+    """Saves after so many steps, where it is time or the ranks were told to stop.
 
-    Returns:
-        The states of the micro-batches, and whether the step was applied.
+    Raises:
+        CheckpointError: the checkpoint, or the one before it, could not be written.
+        Stopped: the ranks were told to stop, and have saved.
     """
-    states, updated = [], False
-    for batch in micro_batches:
-        output = engine(_on(device, batch))
+    signal, every = companions.stop.poll(), companions.save_every
+    if done == total_steps or not (signal or (every and done % every == 0)):
+        return  # the end of the stage is its export
+    companions.watchdog.at("save", done)
+    if companions.compare_every and done % companions.compare_every:  # so that no checkpoint mixes two models
+        check_ranks_agree(state.engine.stage, done - 1)
+    companions.writer.save(done, state.pieces(), state.private(), state.record(done), wait=bool(signal))
+    if signal:
+        companions.writer.finish()
+        raise Stopped(f"{signal}: saved after step {done}; start again to go on")
+
+
+@dataclass(frozen=True)
+class Made:
+    """An optimizer step that was made: the micro-batches' states and losses, and whether the step was applied."""
+
+    states: list[State]
+    losses: list[Tensor]
+    updated: bool
+
+
+def take_step(state: TrainingState, step: int, micro_batches: list[Batch]) -> Made:
+    """One optimizer step, or where a loss or a gradient is not what it should be none: then nothing changes."""
+    state.guard.begin()
+    make = cached_step if state.engine.config.cached_gradients else accumulated_step
+    return make(state, step, micro_batches)
+
+
+def accumulated_step(state: TrainingState, step: int, micro_batches: list[Batch]) -> Made:
+    """One optimizer step, each micro-batch with a loss of its own."""
+    engine, made, logged, updated = state.engine, list[State](), list[dict[str, Tensor]](), False
+    for number, batch in enumerate(micro_batches, 1):
+        if engine.waits_in_forward:
+            state.log.own_work.reached()
+        output = engine(_on(state.device, batch))
+        state.log.own_work.reached()
         engine.backward(output["loss"])
-        updated = engine.step()
-        log.add({"loss": output["loss"], **output["metrics"]})
-        states.append(output["state"])
-    return states, updated
+        made.append(output["state"])
+        logged.append({name: x.detach() for name, x in {"loss": output["loss"], **output["metrics"]}.items()})
+        skip = number == len(micro_batches) and not _admitted(state, step, micro_batches, logged)
+        updated = engine.step(skip)
+    return Made(made, [values["loss"] for values in logged], updated)
 
 
-def cached_step(
-    engine: Engine, micro_batches: list[Batch], device: torch.device, log: StageLog
-) -> tuple[list[State], bool]:
-    """One optimizer step with the loss of all its micro-batches together; images go to the device twice.
-
-    Returns:
-        The states of the micro-batches, and whether the step was applied.
-    """
-    stage, updated = engine.stage, False
+def cached_step(state: TrainingState, step: int, micro_batches: list[Batch]) -> Made:
+    """One optimizer step with the loss of all its micro-batches together; images go to the device twice."""
+    engine, stage, device, updated = state.engine, state.engine.stage, state.device, False
     passes = [engine.run(partial(first_pass, stage), _on(device, batch)) for batch in micro_batches]
     known = [_on(device, {name: x for name, x in batch.items() if name not in INPUTS}) for batch in micro_batches]
     cached = engine.run(lambda _: joint_gradients(stage, known, passes), {})
+    logged = [{"loss": cached.loss.detach(), **cached.metrics}]
     for index, (batch, first) in enumerate(zip(micro_batches, passes, strict=True)):
+        state.log.own_work.reached()
         replay = partial(surrogate, stage, first=first, cached=cached, index=index)
         engine.backward(engine.run(replay, _on(device, batch)))
-        updated = engine.step()
-    log.add({"loss": cached.loss, **cached.metrics})
-    return [first.state for first in passes], updated
+        skip = index + 1 == len(micro_batches) and not _admitted(state, step, micro_batches, logged)
+        updated = engine.step(skip)
+    return Made([first.state for first in passes], [logged[0]["loss"]], updated)
+
+
+def _admitted(state: TrainingState, step: int, micro_batches: list[Batch], logged: list[dict[str, Tensor]]) -> bool:
+    """Whether the gradients that lie there may move weights; of such a step the values are logged."""
+    losses = [values["loss"] for values in logged]
+    again = (_on(state.device, batch) for batch in micro_batches)
+    verdict = state.guard.admit(step, losses, state.engine.pending_norm(), again)
+    if verdict.skip:
+        say(f"{state.log.name}: {verdict.line}")
+    else:
+        for values in logged:
+            state.log.add(values)
+    return not verdict.skip
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:

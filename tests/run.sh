@@ -13,6 +13,9 @@ export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=$PWD/.venv/torc
 ruff check .
 ruff format --check .
 mypy
+if [ "${1:-}" = --faults ]; then # every fault and more than fifty kills: many minutes
+    FAULTS_ALL=1 exec python -m pytest -q tests/faults "${@:2}"
+fi
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi

@@ -1,4 +1,7 @@
-"""Every recipe of a method, in small: all its stages on two ranks under every ZeRO stage, on the procedural world."""
+"""Every recipe of a method, in small: all its stages on two ranks under every ZeRO stage, on the procedural world.
+
+And once with backend torch, which tests/engine holds against DeepSpeed stage by stage.
+"""
 
 import json
 import math
@@ -32,16 +35,16 @@ RESNET = {
 
 @pytest.fixture(scope="module")
 def small(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory):
-    """`small(name, zero_stage)`: a shipped recipe with everything but its size as it is."""
+    """`small(name, zero_stage, backend)`: a shipped recipe with everything but its size as it is."""
     folder = tmp_path_factory.mktemp("methods")
     (folder / "resnet.json").write_text(json.dumps(RESNET))
 
-    def make(name: str, zero_stage: int) -> RunConfig:
+    def make(name: str, zero_stage: int, backend: str = "deepspeed") -> RunConfig:
         recipe = ROOT / "configs" / f"{name}.yaml"
         convolutional = name.startswith("textreid")
         architecture = folder / "resnet.json" if convolutional else ROOT / "configs" / "models" / "vit_tiny.json"
         changes = [
-            f"output_dir={folder / name / str(zero_stage)}",
+            f"output_dir={folder / name / backend / str(zero_stage)}",
             f"model.architecture={architecture}",
             f"model.vocabulary={tiny_world / 'vocabulary.txt'}",
             f"data.root={tiny_world}",
@@ -56,13 +59,14 @@ def small(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory):
             "log_every=1",
             "engine.precision=fp32",
             f"engine.zero_stage={zero_stage}",
+            f"engine.backend={backend}",
         ]
         if convolutional:
             changes += [f"model.word_gru.{width}=16" for width in ("features", "hidden")]
             changes += ["model.word_gru.dictionary=null", "model.projection=12"]
         if name.startswith("prompt"):
             changes += ["model.prompts.visual_depth=4", "model.prompts.text_depth=2"]
-        if zero_stage in UNSCORED:
+        if not is_scored(zero_stage, backend):
             changes += ["evaluation.t2i=[]", "evaluation.i2i=[]"]
         if zero_stage == 3 and "joint" in (stage.name for stage in load_config(recipe).stages):
             changes += ["stages.joint.loss.conflict_every=0"]  # which needs whole gradients
@@ -72,6 +76,10 @@ def small(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory):
         return load_config(recipe, [*changes, *sections])
 
     return make
+
+
+def is_scored(zero_stage: int, backend: str) -> bool:
+    return zero_stage not in UNSCORED and backend == "deepspeed"
 
 
 def allowed(config: RunConfig) -> bool:
@@ -92,6 +100,7 @@ def train_all(configs: list[RunConfig]) -> None:
 def test_a_recipe_trains_alike_under_every_zero_stage(name: str, small, run_ranks) -> None:
     with_queue = not allowed(small(name, 1))
     configs = [small(name, zero) for zero in ZERO_STAGES if zero < 3 or not with_queue]
+    configs.append(small(name, 1 if with_queue else 3, "torch"))
     run_ranks(2, train_all, configs)
     before = [build_encoder(config.model, config.seed).state_dict() for config in configs]
     for place, stage in enumerate(configs[0].stages):
@@ -111,7 +120,8 @@ def test_a_recipe_trains_alike_under_every_zero_stage(name: str, small, run_rank
             scores = json.loads((folder / "metrics.json").read_text())
             asked = config.stages[place].evaluation
             assert set(scores["t2i"]) == set(asked.t2i) and set(scores["i2i"]) == set(asked.i2i)
-            assert bool(asked.t2i or asked.i2i) == (config.stages[place].engine.zero_stage not in UNSCORED)
+            engine = config.stages[place].engine
+            assert bool(asked.t2i or asked.i2i) == is_scored(engine.zero_stage, engine.backend)
             curves.append([point["loss"] for point in json.loads((folder / "training.json").read_text())])
         assert all(len(curve) == STEPS for curve in curves)
         for curve in curves[1:]:

@@ -12,7 +12,7 @@ from reid_dist.config import RunConfig, StageConfig
 from reid_dist.distributed import world_size
 from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.models.architecture import build_dual_encoder
-from reid_dist.plan import plan_stage
+from reid_dist.planning.memory import plan_stage
 from reid_dist.recipe_file import load_config
 from reid_dist.stages import Batch, Stage, Surroundings, build_stage
 from reid_dist.stages.identity_prompt import IDENTITY_TEXT

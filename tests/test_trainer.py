@@ -8,13 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from reid_dist.config import EngineConfig, ModelConfig, OptimizerConfig, TextLoss
+from reid_dist.checkpoint.writer import CheckpointWriter
+from reid_dist.config import EngineConfig, GuardConfig, ModelConfig, OptimizerConfig, TextLoss
 from reid_dist.data.bad_samples import BadSamples
 from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
+from reid_dist.guard import Guard
+from reid_dist.metrics import StageLog
 from reid_dist.models.architecture import build_dual_encoder
+from reid_dist.slow_ranks import OwnWork
 from reid_dist.stages import Batch, T2IStage
 from reid_dist.stages.contract import State, Surroundings, Weights
-from reid_dist.trainer import train
+from reid_dist.supervision.agreement import StopAgreement
+from reid_dist.supervision.signals import StopRequest
+from reid_dist.supervision.watchdog import Watchdog
+from reid_dist.trainer import Companions, train
+from reid_dist.training_state import TrainingState
 
 pytestmark = pytest.mark.usefixtures("deepspeed_imported")
 
@@ -28,6 +36,12 @@ class Batches:
 
     wait_seconds = 0.0
     bad_samples = BadSamples(0.0)
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
+    def describe(self, sample_id: int) -> str:
+        return f"sample {sample_id}"
 
     def __init__(self, micro_steps: int) -> None:
         self.micro_steps = micro_steps
@@ -48,10 +62,12 @@ class Batches:
         }
 
 
-class Log:
+class Log(StageLog):
     """Keeps what a stage's log would write."""
 
     def __init__(self) -> None:
+        self.name = "t2i"
+        self.own_work = OwnWork(torch.device("cpu"), 0.0)
         self.added: list[dict[str, float]] = []
         self.steps: list[int] = []
 
@@ -107,11 +123,19 @@ class SkippingEngine(DeepSpeedEngine):
         return updated
 
 
-def run(micro_steps: int, cached: bool) -> tuple[list[Any], list[list[Tensor]], list[dict[str, float]], list[int]]:
+def run(
+    micro_steps: int, cached: bool, folder: Path
+) -> tuple[list[Any], list[list[Tensor]], list[dict[str, float]], list[int]]:
     stage = RecordingStage()
     config = EngineConfig(zero_stage=0, gradient_accumulation_steps=micro_steps, cached_gradients=cached)
-    engine, log = SkippingEngine(stage, config, SGD, ROWS), Log()
-    train(engine, Batches(micro_steps), SGD, STEPS, torch.device("cpu"), log)  # type: ignore[arg-type]
+    engine, log, loader = SkippingEngine(stage, config, SGD, ROWS), Log(), Batches(micro_steps)
+    state = TrainingState(
+        engine, loader, log, Guard(GuardConfig(), engine, loader.describe), torch.device("cpu"), {}, ROWS * micro_steps
+    )
+    with StopRequest(10) as request, Watchdog(60, folder) as watchdog:
+        writer = CheckpointWriter(folder / "checkpoints", 1, False, False)
+        companions = Companions(watchdog, StopAgreement(request), 0, None, writer, 0)
+        train(state, SGD, STEPS, companions)
     engine.close()
     return stage.calls, stage.beside, log.added, log.steps
 
@@ -119,13 +143,13 @@ def run(micro_steps: int, cached: bool) -> tuple[list[Any], list[list[Tensor]], 
 MODES = [(1, False), (3, False), (3, True)]
 
 
-def run_all() -> list[tuple]:
-    return [run(*mode) for mode in MODES]
+def run_all(folder: Path) -> list[tuple]:
+    return [run(*mode, folder / str(number)) for number, mode in enumerate(MODES)]
 
 
 @pytest.fixture(scope="module")
-def runs(run_ranks) -> dict[tuple[int, bool], tuple]:
-    return dict(zip(MODES, run_ranks(1, run_all)[0], strict=True))
+def runs(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, bool], tuple]:
+    return dict(zip(MODES, run_ranks(1, run_all, tmp_path_factory.mktemp("runs"))[0], strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES)

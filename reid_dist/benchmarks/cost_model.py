@@ -10,40 +10,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from reid_dist.planning.links import H100_NODES, Links
+
 WORLDS = (8, 64, 1024)
 _KEY, _FLOAT, _ID = 2, 4, 4  # bytes
 _STATISTICS = 8  # bytes a row: maximum and sum
-
-
-@dataclass(frozen=True)
-class Links:
-    """Of the machine; see the module.
-
-    Attributes:
-        node: GPUs of a node.
-        near_us, far_us: latency of a step of a collective inside a node and across nodes.
-        near_gbs, far_gbs: GB/s for each GPU.
-        tflops: of a GPU's matrix products.
-    """
-
-    node: int = 8
-    near_us: float = 3.0
-    far_us: float = 12.0
-    near_gbs: float = 360.0
-    far_gbs: float = 45.0
-    tflops: float = 790.0
-
-    def latency_ms(self, world: int) -> float:
-        """Of one step."""
-        return (self.near_us if world <= self.node else self.far_us) / 1e3
-
-    def transfer_ms(self, world: int, sent: float) -> float:
-        """Of bytes that a rank sends."""
-        return sent / (self.near_gbs if world <= self.node else self.far_gbs) / 1e6
-
-    def collective_ms(self, world: int, sent: float) -> float:
-        """Of a collective in which each rank sends so many bytes."""
-        return math.log2(world) * self.latency_ms(world) + self.transfer_ms(world, sent)
 
 
 @dataclass(frozen=True)
@@ -76,7 +47,7 @@ class Job:
         return self.keys_bytes(self.size)
 
 
-def collectives(job: Job, world: int, links: Links = Links()) -> dict[str, float]:
+def collectives(job: Job, world: int, links: Links = H100_NODES) -> dict[str, float]:
     """Milliseconds and bytes of each way to share keys or gradients, for one modality of `job` each.
 
     gather: of the keys, which is all that a replicated queue needs. reduce_scatter: of trainable keys' gradients, as in
@@ -101,7 +72,7 @@ def collectives(job: Job, world: int, links: Links = Links()) -> dict[str, float
     }
 
 
-def layouts(job: Job, world: int, links: Links = Links()) -> list[dict[str, Any]]:
+def layouts(job: Job, world: int, links: Links = H100_NODES) -> list[dict[str, Any]]:
     """One row for each layout of the queue: what a rank sends and waits for in a step, and what it stores.
 
     replicated: all keys to all ranks, behind the encoders. sharded: in addition the exchange of each modality's loss,
@@ -137,7 +108,7 @@ def layouts(job: Job, world: int, links: Links = Links()) -> list[dict[str, Any]
     ]
 
 
-def model(job: Job = Job(), links: Links = Links()) -> dict[str, Any]:
+def model(job: Job = Job(), links: Links = H100_NODES) -> dict[str, Any]:
     """The model with its assumptions, for the benchmark's file."""
     return {
         "measured": False,

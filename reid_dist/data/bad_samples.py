@@ -1,6 +1,7 @@
 """How many bad samples a run puts up with."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from reid_dist.errors import UserError
 
@@ -37,6 +38,16 @@ class BadSamples:
         self.seen = 0
         self.count = 0
         self.messages: list[str] = []
+
+    def state(self) -> dict[str, Any]:
+        """What was counted, for a checkpoint: JSON-able."""
+        return {"seen": self.seen, "count": self.count, "messages": self.messages}
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Counts what `state` gave, here or on another rank, as if it had been read here."""
+        self.seen += state["seen"]
+        self.count += state["count"]
+        self.messages = list(dict.fromkeys([*self.messages, *state["messages"]]))[:_KEPT]
 
     def add(self, seen: int, messages: Sequence[str]) -> None:
         """Count a batch: how many samples it took, and one line for each of them that had to be replaced.

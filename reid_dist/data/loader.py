@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -128,6 +128,7 @@ class TrainLoader:
         workers: reading processes; 0 reads in this one.
         pin_memory: page-locked batches for faster copies to a GPU; only with workers.
         max_bad_fraction: share of the samples of this rank that may be bad, see `BadSamples`.
+        positions: of all ranks of a run that this one goes on with, by any number of ranks; see `position`.
 
     Raises:
         UserError: the global batch cannot be shared, the weights do not fit the sets, there are too few identities
@@ -143,6 +144,7 @@ class TrainLoader:
         workers: int = 0,
         pin_memory: bool = False,
         max_bad_fraction: float = 0.0,
+        positions: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.samples = samples
         self.sampling = sampling
@@ -158,6 +160,11 @@ class TrainLoader:
         )
         self.wait_seconds = 0.0
         self.bad_samples = BadSamples(max_bad_fraction)
+        if positions:
+            self.wait_seconds = positions[rank % len(positions)]["wait_seconds"]
+            # With other ranks the counts stay whole: one of the new ranks has those of several, or of none.
+            for position in positions[rank::world_size]:
+                self.bad_samples.take_over(position["bad_samples"])
         if samples.partly_captioned and sampling.mixing == "mixed":
             captioned = samples.captioned_S.tolist()
             require_equal_rows(
@@ -180,6 +187,14 @@ class TrainLoader:
             # Captioned or not, whether captions are read or not: with and without text supervision the order is one.
             samples.captioned_S.tolist() if sampling.weights else (),
         )
+
+    def position(self) -> dict[str, Any]:
+        """What a step's number does not say, for a checkpoint: JSON-able."""
+        return {"wait_seconds": self.wait_seconds, "bad_samples": self.bad_samples.state()}
+
+    def describe(self, sample_id: int) -> str:
+        """Names a sample, for messages."""
+        return self.samples.describe(sample_id)
 
     def passes(self, step: int) -> list[float]:
         """Epochs that the steps before `step` make: of each set where they have epochs of their own."""

@@ -60,6 +60,10 @@ class TrainingItems:
     def __len__(self) -> int:
         return len(self.row_N)
 
+    def describe(self, item: int) -> str:
+        """Names an item, for messages."""
+        return self.shards[int(self.set_N[item])].describe(int(self.row_N[item]))
+
     def require_captions(self, whole_sets_without: bool = False) -> None:
         """Checks that there is a caption for every image.
 

@@ -1,5 +1,6 @@
 """Whole batches from worker processes, in order."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -44,6 +45,7 @@ def from_workers(
         # Its own generator: torch would otherwise draw the workers' seed from the global one, and the model's
         # random numbers would depend on the number of loaders started.
         generator=torch.Generator(),
+        worker_init_fn=_restore_handler,
     )
     batches = iter(loader)
     _running.add(batches)
@@ -58,6 +60,17 @@ def from_workers(
         ) from error
     finally:
         _running.discard(batches)
+
+
+def _restore_handler(_: int) -> None:
+    """Gives SIGTERM the handler back that this process was forked with, if any.
+
+    Torch has just put its own in place, with which a signal to the whole process group, as schedulers send it, ends the
+    workers while their parent still trains its last step.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if callable(handler):
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _unchanged(made: Any) -> Any:

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from reid_dist.benchmarks.cost_model import WORLDS, Job, Links, collectives, layouts, model, model_table
+from reid_dist.benchmarks.cost_model import WORLDS, Job, collectives, layouts, model, model_table
+from reid_dist.planning.links import Links
 
 # Section 5: b=256, D=512, K=262144, one modality without ids; ms, and MB of the gather.
 TABLE = {

@@ -60,3 +60,16 @@ def test_a_killed_worker_is_named(started: list[BaseProcess]) -> None:
         next(from_workers(Killed(), range(9), 1, False, "use fewer"))
     gc.collect()
     assert new_processes(started) == []
+
+
+def test_workers_keep_the_handler_of_a_process_that_finishes_its_step_first(started: list[BaseProcess]) -> None:
+    """Schedulers tell the whole group to end; torch's own handler would obey in the workers."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        made = from_workers(Squares(), range(50), 2, False, "")
+        found = [next(made), next(made)]  # both have begun
+        for process in new_processes(started):
+            os.kill(process.pid or 0, signal.SIGTERM)
+        assert [*found, *made] == [n**2 for n in range(50)]
+    finally:
+        signal.signal(signal.SIGTERM, before)

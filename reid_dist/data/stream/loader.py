@@ -141,6 +141,10 @@ class StreamLoader:
         """
         return self._position.model_dump()
 
+    def describe(self, sample_id: int) -> str:
+        """Names a sample, for messages."""
+        return self.samples.describe(sample_id)
+
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """For each optimizer step in [start, stop): the A micro-batches of this rank.
 

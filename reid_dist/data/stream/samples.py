@@ -81,6 +81,11 @@ class StreamSamples:
         self.num_samples = None if None in counts else sum(count for count in counts if count is not None)
         self.excluded = sum(source.excluded for source in self.sources)
 
+    def describe(self, sample_id: int) -> str:
+        """Names a sample of a batch, for messages."""
+        source, tar, _ = self.tars[sample_id >> 32]
+        return source.describe(tar, f"number {sample_id & 0xFFFFFFFF}")
+
     def lanes(self, weighted: bool) -> list[list[LaneTar]]:
         """The tars of each source by itself, or of all together."""
         if not weighted:

@@ -1,24 +1,18 @@
 """What a recipe would do, without its data: steps, samples, parameters and memory per GPU (`--dry-run`)."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reid_dist.config import EngineConfig, RunConfig, StageConfig
-from reid_dist.data.sample import MANIFEST_NAME, Manifest
 from reid_dist.distributed import environment_world_size
 from reid_dist.inputs import check_batch
-from reid_dist.models.architecture import build_dual_encoder
-from reid_dist.stages import Batch, Stage, Surroundings, build_stage
-from reid_dist.stages.identity_prompt import IDENTITY_TEXT
-from reid_dist.stages.text_losses import IDENTITY_IMAGES
-from reid_dist.step_memory import pass_bytes, peak_bytes
+from reid_dist.planning.building import pretended_ranks, stage_without_memory
+from reid_dist.stages import Batch, Stage
+from reid_dist.step_memory import PassBytes, pass_bytes, peak_bytes
 
 GIB = 2**30
-UNKNOWN_IDENTITIES = 1000
 
 
 @dataclass(frozen=True)
@@ -28,6 +22,7 @@ class StagePlan:
     `state_bytes` are weights, gradients, masters and optimizer state of one GPU; `key_bytes` its queue and momentum
     encoders; `activation_bytes` what a forward of its micro-batch keeps for the backward. These do not peak together:
     `peak_bytes` is the most at any moment of a step, with what DeepSpeed and the optimizer make and let go in it.
+    `passes` are the peaks of a forward and backward, from which that of other ZeRO stages follows.
     """
 
     name: str
@@ -40,6 +35,7 @@ class StagePlan:
     key_bytes: float
     activation_bytes: float
     peak_bytes: float
+    passes: PassBytes
 
 
 def describe(config: RunConfig) -> str:
@@ -69,21 +65,12 @@ def describe(config: RunConfig) -> str:
 def plan_stage(config: RunConfig, stage: StageConfig, world_size: int) -> StagePlan:
     """Numbers of one stage; its model is built and run without memory for any tensor."""
     rows = check_batch(stage, world_size)
-    model = config.model
-    with torch.device("meta"):  # some of timm's constructors look at values, which fake tensors refuse
-        encoder = build_dual_encoder(model)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        encoder.to_empty(device="cpu")
-        encoder.set_grad_checkpointing(model.gradient_checkpointing)
-        identities = stage.data.identities or _count_identities(stage)
-        handed = dict.fromkeys((IDENTITY_TEXT, IDENTITY_IMAGES), torch.zeros(identities, encoder.features))
-        run = Surroundings(rows, precision=stage.engine.precision, identities=identities, handed=handed)
-        module = build_stage(stage, encoder, run).train()
+    bf16, adam = stage.engine.precision != "fp32", stage.optimizer.name != "sgd"
+    with stage_without_memory(config, stage, rows) as (module, _):
         key_bytes = module.bytes_beside(world_size)
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in module.parameters()) - trainable
-        batch = _batch(module, rows, model.image_size, _captioned_rows(stage, rows))
-        bf16, adam = stage.engine.precision != "fp32", stage.optimizer.name != "sgd"
+    with pretended_ranks(world_size), stage_without_memory(config, stage, rows) as (module, batch):
         activations = _activation_bytes(module, batch, bf16)
         passes = pass_bytes(module, batch, bf16)
     return StagePlan(
@@ -97,6 +84,7 @@ def plan_stage(config: RunConfig, stage: StageConfig, world_size: int) -> StageP
         key_bytes,
         activations,
         key_bytes + peak_bytes(trainable, frozen, passes, stage.engine, world_size, stage.optimizer.name),
+        passes,
     )
 
 
@@ -115,36 +103,6 @@ def state_bytes(trainable: int, frozen: int, engine: EngineConfig, world_size: i
         size / (world_size if shard else 1) for size, shard in zip((weight, weight, optimizer), sharded, strict=True)
     ]
     return trainable * sum(per_trainable) + frozen * weight / (world_size if zero >= 3 else 1)
-
-
-def _batch(stage: Stage, rows: int, image_size: tuple[int, int], captioned: int) -> Batch:
-    texts = (captioned, stage.encoder.text_shape.context_length)
-    batch = {
-        "image_BCHW": torch.zeros(rows, 3, *image_size, dtype=torch.uint8),
-        "token_BL": torch.zeros(texts, dtype=torch.int64),
-        "masked_token_BL": torch.zeros(texts, dtype=torch.int64),
-        "masked_label_BL": torch.zeros(texts, dtype=torch.int64),
-        "pid_B": torch.zeros(rows, dtype=torch.int64),
-        "sample_id_B": torch.zeros(rows, dtype=torch.int64),
-    }
-    return batch if captioned == rows else {**batch, "captioned_B": torch.arange(rows) < captioned}
-
-
-def _captioned_rows(stage: StageConfig, rows: int) -> int:
-    """Rows of a micro-batch that have captions; all, unless sets with and without share every batch."""
-    data = stage.data
-    if data.mixing != "mixed" or not data.weights:
-        return rows
-    own = sum(weight for name, weight in zip(data.train, data.weights, strict=True) if _is_captioned(stage, name))
-    return round(rows * own / sum(data.weights)) or rows  # of sets without captions no text is read
-
-
-def _is_captioned(stage: StageConfig, name: str) -> bool:
-    """By the manifest; where that is not there yet, all but what the stage scores by images alone."""
-    manifest = _manifest(stage, name)
-    if manifest is not None:
-        return manifest.splits["train"].captions > 0
-    return name in stage.evaluation.t2i or name not in stage.evaluation.i2i
 
 
 def _activation_bytes(stage: Stage, batch: Batch, bf16: bool) -> float:
@@ -166,15 +124,3 @@ def _activation_bytes(stage: Stage, batch: Batch, bf16: bool) -> float:
     ):
         stage(batch)
     return float(sum(seen.values()))
-
-
-def _count_identities(stage: StageConfig) -> int:
-    """Training identities from the manifests, where the shards are there already."""
-    manifests = [_manifest(stage, name) for name in stage.data.train]
-    found = sum(manifest.splits["train"].identities for manifest in manifests if manifest is not None)
-    return found if found and None not in manifests else UNKNOWN_IDENTITIES
-
-
-def _manifest(stage: StageConfig, name: str) -> Manifest | None:
-    path = Path(stage.data.location(name)) / MANIFEST_NAME
-    return Manifest.model_validate_json(path.read_bytes()) if path.is_file() else None  # an address is not asked

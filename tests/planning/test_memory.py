@@ -8,11 +8,11 @@ import torch
 from reid_dist.config import EngineConfig
 from reid_dist.errors import UserError
 from reid_dist.models.architecture import build_dual_encoder
-from reid_dist.plan import describe, plan_stage, state_bytes
+from reid_dist.planning.memory import describe, plan_stage, state_bytes
 from reid_dist.recipe_file import load_config
 from reid_dist.stages import Surroundings, build_stage
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "configs" / "models" / "row_conv_tiny.json"
 OVERRIDES = [f"model.architecture={ARCHITECTURE}", "stages.i2i.data.identities=30"]
 
