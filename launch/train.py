@@ -11,7 +11,6 @@ from pathlib import Path
 
 from reid_dist.config import RunConfig
 from reid_dist.distributed import environment_rank, is_lost_peer, shutdown
-from reid_dist.engine import remove_shared_memory
 from reid_dist.errors import CheckpointError, DivergenceError, NoMemoryError, NonFiniteError, Stopped, UserError
 from reid_dist.exit_codes import ExitCode
 from reid_dist.planning.memory import describe
@@ -19,7 +18,7 @@ from reid_dist.planning.report import describe_cluster
 from reid_dist.recipe import run
 from reid_dist.recipe_file import dump_config, load_config
 from reid_dist.stage_training import Resume
-from reid_dist.supervision.leaving import record, supervised
+from reid_dist.supervision.leaving import record, remove_own_shared_memory, supervised
 from reid_dist.supervision.parents import die_with_parent
 
 # What all ranks raise alike, so that one of them need speak.
@@ -93,11 +92,11 @@ def _train(config: RunConfig, resume: Resume) -> int:
         # The rank that left has said why, or was killed; its exit code is the one that the launcher should find.
         _say(f"rank {environment_rank()} stops because another rank ended")
         record(ExitCode.LOST_PEER)  # now: the launcher ends this process while it waits
-        remove_shared_memory()
+        remove_own_shared_memory()
         time.sleep(2 * PATIENCE)
         return ExitCode.LOST_PEER
     finally:
-        remove_shared_memory()
+        remove_own_shared_memory()
     shutdown()
     return ExitCode.DONE
 

@@ -34,12 +34,13 @@ from reid_dist.benchmarks.ranks import measure_on_ranks
 from reid_dist.checkpoint.private import Private
 from reid_dist.checkpoint.writer import CheckpointWriter
 from reid_dist.config import EngineConfig, ModelConfig, OptimizerConfig, PretrainLoss
-from reid_dist.engine import prepare_environment, remove_shared_memory
+from reid_dist.engine import prepare_environment
 from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.errors import UserError
 from reid_dist.files import write_results
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.stages.pretrain import PretrainStage
+from reid_dist.supervision.leaving import remove_own_shared_memory
 
 _WIDTH = 128  # of a word
 _STATE_BYTES = 12  # of a parameter: fp32, and two moments
@@ -118,7 +119,7 @@ class _Training:
     def close(self) -> None:
         """Lets go of the engine."""
         self._engine.close()
-        remove_shared_memory()
+        remove_own_shared_memory()
 
     def timed(self, *calls: Callable[[], None]) -> list[float]:
         """Seconds until each call has returned, of the slowest rank; all begin together."""

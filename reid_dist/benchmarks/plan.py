@@ -26,12 +26,13 @@ from reid_dist.benchmarks.kernel import check_writable
 from reid_dist.benchmarks.loops import EngineLoop, Trained, build_of
 from reid_dist.benchmarks.machine import describe_machine
 from reid_dist.benchmarks.ranks import measure_on_ranks
-from reid_dist.engine import prepare_environment, remove_shared_memory
+from reid_dist.engine import prepare_environment
 from reid_dist.errors import UserError
 from reid_dist.files import write_results
 from reid_dist.planning.assumptions import Assumptions
 from reid_dist.planning.estimate import estimate_stage
 from reid_dist.recipe_file import load_config
+from reid_dist.supervision.leaving import remove_own_shared_memory
 
 _WARM_UP = 3
 _PRODUCT, _COPIED, _REDUCED = 1024, 1 << 26, 1 << 22  # sides; elements
@@ -133,7 +134,7 @@ def measure(case: Case) -> dict[str, Any]:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
     engine.close()
-    remove_shared_memory()
+    remove_own_shared_memory()
     steps = torch.tensor(seconds[_WARM_UP:], dtype=torch.float64, device=device)
     if distributed.world_size() > 1:
         dist.all_reduce(steps, dist.ReduceOp.MAX)

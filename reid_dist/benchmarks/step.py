@@ -30,7 +30,7 @@ from reid_dist.benchmarks.machine import describe_machine
 from reid_dist.benchmarks.ranks import measure_on_ranks
 from reid_dist.checkpoint.writer import CheckpointWriter
 from reid_dist.data.bad_samples import BadSamples
-from reid_dist.engine import Engine, prepare_environment, remove_shared_memory
+from reid_dist.engine import Engine, prepare_environment
 from reid_dist.errors import UserError
 from reid_dist.files import write_results
 from reid_dist.guard import Guard
@@ -38,6 +38,7 @@ from reid_dist.metrics import StageLog
 from reid_dist.recipe_file import load_config
 from reid_dist.stages import Batch
 from reid_dist.supervision.agreement import StopAgreement
+from reid_dist.supervision.leaving import remove_own_shared_memory
 from reid_dist.supervision.signals import StopRequest
 from reid_dist.supervision.watchdog import Watchdog
 from reid_dist.trainer import Companions, train
@@ -135,7 +136,7 @@ def measure(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="reid_dist-step-") as folder, _silence():
         _train(case.trained, engine, turns, device, Path(folder))
     engine.close()
-    remove_shared_memory()
+    remove_own_shared_memory()
     if distributed.world_size() > 1:
         dist.barrier()
     return _row(case, device, turns.seconds)

@@ -4,11 +4,11 @@ from importlib.util import find_spec
 
 from reid_dist.config import EngineConfig, OptimizerConfig
 from reid_dist.engine.base import Engine
-from reid_dist.engine.environment import prepare_environment, remove_shared_memory
+from reid_dist.engine.environment import prepare_environment
 from reid_dist.errors import UserError
 from reid_dist.stages import Stage
 
-__all__ = ["Engine", "build_engine", "prepare_environment", "remove_shared_memory", "require_backend"]
+__all__ = ["Engine", "build_engine", "prepare_environment", "require_backend"]
 
 _PACKAGES = {"deepspeed": "deepspeed", "torch": "accelerate"}
 

@@ -25,10 +25,3 @@ def prepare_environment() -> torch.device:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     return device
-
-
-def remove_shared_memory() -> None:
-    """Removes the 66 MB file that DeepSpeed's CPU collectives leave in /dev/shm for this rank."""
-    own = f"deepspeed_allreduce_buffer_*_{os.environ.get('MASTER_PORT')}_{os.environ.get('LOCAL_RANK')}"
-    for file in Path("/dev/shm").glob(own):  # noqa: S108 (where DeepSpeed puts them)
-        file.unlink(missing_ok=True)

@@ -55,7 +55,7 @@ def end_now(code: int) -> NoReturn:
     """Ends this process at once, from any thread: nothing is finished, flushed or waited for."""
     try:
         record(code)
-        remove_shared_memory(os.environ.get("MASTER_PORT", ""), os.environ.get("LOCAL_RANK", ""))
+        remove_own_shared_memory()
     finally:
         os._exit(code)
 
@@ -71,6 +71,11 @@ def record(code: int) -> None:
 def say(line: str) -> None:
     """One line on stderr, from any thread, whatever the main thread holds."""
     os.write(2, f"rank {os.environ.get('RANK', '0')}: {line}\n".encode())
+
+
+def remove_own_shared_memory() -> None:
+    """See `remove_shared_memory`; for this rank."""
+    remove_shared_memory(os.environ.get("MASTER_PORT", ""), os.environ.get("LOCAL_RANK", ""))
 
 
 def remove_shared_memory(port: str | int, local_rank: str | int) -> None:

@@ -14,8 +14,8 @@ from reid_dist.guard import Guard
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.stages import Batch, T2IStage
 from reid_dist.stages.contract import Surroundings
-from tests.gathered_pieces import differing, gather
 from tests.engine.test_deepspeed_engine import ARCHITECTURE
+from tests.gathered_pieces import differing, gather
 
 pytestmark = pytest.mark.usefixtures("deepspeed_imported")
 
