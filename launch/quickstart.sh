@@ -60,7 +60,7 @@ ended() {
     case "$1-$phase" in
         # `stop` and the set-up have said in one line what is wrong.
         0-* | *- | 2-set-up) return ;;
-        129-* | 130-* | 143-*) how="interrupted during the $phase" ;;
+        75-* | 129-* | 130-* | 143-*) how="interrupted during the $phase" ;;
         *) how="the $phase failed with exit code $1, see above" ;;
     esac
     echo "quickstart.sh: $how; run the same command again to continue" >&2

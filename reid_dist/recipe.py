@@ -138,8 +138,9 @@ def _run_stage(run: Run, index: int, weights: str | None) -> None:
         watchdog.at(f"export of {stage.name}", 0)
         if distributed.rank() == 0:
             save_export(export, full_state, config.model, inputs.words or None, record, handover)
-            purge_finished(folder / CHECKPOINTS, config.checkpoint.best)
         distributed.barrier()
+    if distributed.rank() == 0:  # also what a kill right after the export has left
+        purge_finished(folder / CHECKPOINTS, config.checkpoint.best)
     # Scored as whoever loads it later will see it: a fresh encoder with the weights of the file.
     encoder = build_encoder(config.model, config.seed)
     _load(encoder, str(export), config.model)

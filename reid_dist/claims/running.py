@@ -19,7 +19,7 @@ from reid_dist.claims.arms import CAPTIONED, IMAGES, UNSEEN, Arm, Task
 from reid_dist.claims.worlds import VOCABULARY_FILE, Sizes, build_world
 from reid_dist.config import RunConfig, StageConfig
 from reid_dist.data.tokenizer import read_vocabulary
-from reid_dist.errors import UserError
+from reid_dist.errors import Stopped, UserError
 from reid_dist.files import write_json
 from reid_dist.models.architecture import read_architecture
 from reid_dist.models.word_gru import build_dictionary
@@ -191,6 +191,8 @@ def run_job(job: Job, progress: Callable[[int], Any]) -> None:
         try:
             with _into(log):
                 seconds = _run_arm(settings, arm, config, seed)
+        except Stopped as error:
+            raise KeyboardInterrupt from error
         except UserError as error:
             raise UserError(f"seed {seed}, arm {arm.name}: {error}") from error
         except OSError as error:

@@ -21,6 +21,7 @@ PROGRAMS = {
     "pdsh": "pdsh",
     "ip": "iproute2",
     "nsenter": "util-linux",
+    "setpriv": "util-linux",
 }
 ROOT = Path(__file__).parents[2]
 # Debian puts daemons where an ordinary user's PATH does not look.
@@ -77,9 +78,9 @@ class Host:
     programs: Path
 
     def command(self, *words: str) -> list[str]:
-        """Runs there what is given; ended itself, it leaves what it started, which goes with the host."""
-        namespaces = ("--net", "--mount", "--uts", "--pid", "--ipc")
-        return ["nsenter", "--target", str(self.first), *namespaces, f"--wdns={ROOT}", *words]
+        """Runs there what is given, which ends when this is killed; what that has started goes with the host."""
+        namespaces = ("--net", "--mount", "--uts", "--pid", "--ipc", f"--wdns={ROOT}")
+        return ["nsenter", "--target", str(self.first), *namespaces, "setpriv", "--pdeathsig", "KILL", *words]
 
     def run(self, *words: str, timeout_s: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
         """Output and exit code of a command on this host, in the folder of the repository."""

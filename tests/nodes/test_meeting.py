@@ -76,7 +76,7 @@ def test_hosts_that_reach_only_themselves(hosts: list[Host]) -> None:
     """As where a host's own name resolves to 127.0.0.1: the store is found, the other rank is not."""
     join = (
         "import torch; from reid_dist import distributed, errors\n"
-        "try: distributed.initialize(torch.device('cpu'), 60)\n"
+        "try: distributed.initialize(torch.device('cpu'), 20)\n"
         "except errors.UserError as error: print(error)"
     )
     meeting = {"MASTER_ADDR": "node-a", "MASTER_PORT": "29400", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
