@@ -5,7 +5,7 @@ python launch/evaluate.py runs/seed0 runs/seed1 runs/seed2 --benchmarks cuhk_ped
 python launch/evaluate.py runs/a runs/b --benchmarks market1501 msmt17                 # also trained on x tested on
 python launch/evaluate.py runs/a/i2i runs/a/t2i --benchmarks cuhk_pedes --select t2i.mAP
 deepspeed --num_accelerators 2 launch/evaluate.py ...   or torchrun --nproc-per-node 2 launch/evaluate.py ...
-srun -K1 python launch/evaluate.py ...   in a SLURM job; docs/evaluation.md says what to export before
+srun -K0 python launch/evaluate.py ...   in a SLURM job; docs/evaluation.md says what to export before
 """
 
 import argparse

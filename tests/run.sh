@@ -4,10 +4,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash launch/environment.sh --cpu
-# The search page is tested in a real browser: installed where this user may, its tests are skipped where not.
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
-        >/dev/null 2>&1 || echo "run.sh: apt-get could not install chromium"
+# A real browser, a real SLURM, hosts that talk by ssh: installed where this user may, their tests are skipped where not.
+packages=()
+for each in chromium:chromium slurmctld:slurm-wlm munged:munge sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2; do
+    PATH=$PATH:/usr/sbin command -v "${each%:*}" >/dev/null || packages+=("${each#*:}")
+done
+if [ "${#packages[@]}" -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    { apt-get update -qq &&
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"; } >/dev/null 2>&1 ||
+        echo "run.sh: apt-get could not install ${packages[*]}"
 fi
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=$PWD/.venv/torch_extensions PATH=$PWD/.venv/bin:$PATH
 ruff check .
@@ -15,6 +20,9 @@ ruff format --check .
 mypy
 if [ "${1:-}" = --faults ]; then # every fault and more than fifty kills: many minutes
     FAULTS_ALL=1 exec python -m pytest -q tests/faults "${@:2}"
+fi
+if [ "${1:-}" = --long ]; then # what takes minutes each
+    exec python -m pytest -m long "${@:2}"
 fi
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"

@@ -18,7 +18,7 @@ from reid_dist.recipe import run
 from reid_dist.recipe_file import dump_config
 from tests.nodes.conftest import Host
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 PORT = 29500
 PYTHON = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

@@ -68,7 +68,7 @@ MANY = [("pretrain", zero, precision, 1) for zero, precision in MODES]
 MANY += [("pretrain", 2, "bf16", 2), ("pretrain", 3, "fp32", 2), ("t2i", 1, "fp32", 1), ("i2i", 0, "fp32", 1)]
 
 
-@pytest.mark.parametrize("cases", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.parametrize("cases", [FEW, pytest.param(MANY, marks=pytest.mark.long)], ids=["few", "many"])
 def test_a_plan_expects_what_deepspeed_sends(cases: list[tuple[str, int, str, int]], run_ranks) -> None:
     real = run_ranks(RANKS, heard_in_a_step, cases)
     assert torch.equal(real[0], real[1])

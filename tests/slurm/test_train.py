@@ -88,6 +88,7 @@ def test_stopped_by_usr1_it_is_requeued_and_ends_as_if_never_stopped(job: Job, r
     _check_same(job.config.output_dir, reference)
 
 
+@pytest.mark.long
 def test_preempted_it_ends_as_if_never_stopped(job: Job, reference: Path, tmp_path: Path) -> None:
     job.wait_for(f"t2i 5/{STEPS}:")
     urgent = job.slurm.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=:", cwd=tmp_path)

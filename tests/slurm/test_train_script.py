@@ -201,7 +201,7 @@ def test_it_is_submitted_from_the_repository(tmp_path: Path) -> None:
     assert result.stderr.startswith("train.sbatch: submit it from the folder of the repository")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_chained_time_limits_finish_a_run_without_a_person(repository: Repository) -> None:
     """The least limit that SLURM knows is a minute; it tells the ranks up to a minute before they have to be gone."""
     began = time.monotonic()
@@ -213,7 +213,7 @@ def test_chained_time_limits_finish_a_run_without_a_person(repository: Repositor
     assert time.monotonic() - began < 120
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_only_the_limit_itself_tells_is_requeued_too(repository: Repository) -> None:
     job = repository.submit(seconds=300, options=("--time=1", "--signal=CONT@1"))
     repository.wait_for_ranks(2)
