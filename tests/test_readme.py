@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import train
 from launch.benchmark import BENCHMARKS
 from launch.evaluate import parse_arguments
 from launch.search import command_parser
@@ -31,6 +32,20 @@ def commands() -> list[tuple[str, str]]:
 
 def test_there_are_commands_to_check() -> None:
     assert len(commands()) >= 8
+
+
+def check_training(words: list[str]) -> None:
+    arguments = train.parse_arguments([word for word in words if word != "…"])
+    load_config(arguments.config, arguments.overrides)
+
+
+def check_job(kind: str, words: list[str]) -> None:
+    if kind == "train":
+        check_training(words)
+    elif kind == "evaluate":
+        parse_arguments(words)
+    else:
+        assert words[0] in CONVERTERS
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
@@ -57,14 +72,12 @@ def test_command_names_what_exists(page: str, command: str, monkeypatch: pytest.
     elif "launch/evaluate.py" in rest:
         parse_arguments(rest[rest.index("launch/evaluate.py") + 1 :])
     elif program in ("deepspeed", "torchrun", "python", "srun"):
-        place = rest.index("launch/train.py")
-        overrides = [word for word in rest[place + 2 :] if "=" in word and not word.startswith("--") and word != "…"]
-        load_config(Path(rest[place + 1]), overrides)
+        check_training(rest[rest.index("launch/train.py") + 1 :])
     elif program == "sbatch":
         script = next(word for word in rest if not word.startswith("-"))
         assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-        assert rest[rest.index(script) + 1] in CONVERTERS
-    elif program in ("tensorboard", "pip", "git", "cd", "sudo", "apt-get", "export"):
+        check_job(Path(script).stem, rest[rest.index(script) + 1 :])
+    elif program in ("tensorboard", "pip", "git", "cd", "sudo", "apt-get", "export", "printf"):
         pass
     else:
         pytest.fail(f"{page}: this test does not know {program!r}; teach it, or change the command")
