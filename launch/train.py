@@ -5,6 +5,7 @@ any end, it goes on where it stood.
 """
 
 import argparse
+import errno
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ ALIKE = {
     NonFiniteError: ExitCode.DIVERGED,
     Stopped: ExitCode.STOPPED,
 }
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Seconds: of a rank whose end says less than another's. The launcher ends all with the first, and has its exit code.
 PATIENCE = 5
 
@@ -80,6 +82,11 @@ def main(argv: list[str] | None = None) -> int:
     except NoMemoryError as error:
         _say(str(error))
         return ExitCode.OUT_OF_MEMORY
+    except OSError as error:
+        if error.errno not in DISK_REFUSES:
+            raise
+        _say(f"rank {environment_rank()}: {error}; make room, or choose another output_dir")
+        return ExitCode.NO_CHECKPOINT
 
 
 def _train(config: RunConfig, resume: Resume) -> int:

@@ -136,9 +136,8 @@ def _run_stage(run: Run, index: int, weights: str | None) -> None:
         record |= train_stage(run, index, encoder)
         full_state, handover = record.pop("full_state"), record.pop("handover", {})
         watchdog.at(f"export of {stage.name}", 0)
-        if distributed.rank() == 0:
-            save_export(export, full_state, config.model, inputs.words or None, record, handover)
-        distributed.barrier()
+        words = inputs.words or None
+        on_rank_0(lambda: save_export(export, full_state, config.model, words, record, handover), _unwritable)
     if distributed.rank() == 0:  # also what a kill right after the export has left
         purge_finished(folder / CHECKPOINTS, config.checkpoint.best)
     # Scored as whoever loads it later will see it: a fresh encoder with the weights of the file.

@@ -10,8 +10,8 @@ from torch import Tensor
 from reid_dist.distributed import rank
 from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.errors import UserError
-from tests.gathered_pieces import Gathered, Whole, differing, gather
 from tests.engine.zero_cases import CASES, Case, backward, make_engine, make_stage, train
+from tests.gathered_pieces import Gathered, Whole, differing, gather
 
 pytestmark = pytest.mark.usefixtures("deepspeed_imported")
 
