@@ -6,6 +6,7 @@ any end, it goes on where it stood.
 
 import argparse
 import errno
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from reid_dist.config import RunConfig
 from reid_dist.distributed import environment_rank, is_lost_peer, shutdown
 from reid_dist.errors import CheckpointError, DivergenceError, NoMemoryError, NonFiniteError, Stopped, UserError
 from reid_dist.exit_codes import ExitCode
+from reid_dist.out_of_memory import is_out_of_memory, memory_line
 from reid_dist.planning.memory import describe
 from reid_dist.planning.report import describe_cluster
 from reid_dist.recipe import run
@@ -52,7 +54,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--fallback", action="store_true", help="where a checkpoint is damaged, go on from the newest good one"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.plan_set and arguments.plan is None:
+        parser.error("--plan-set: assumptions of --plan NODESxGPUS; add it")
+    if arguments.plan is not None and arguments.dry_run:
+        parser.error("--plan and --dry-run: two different plans; give one of them")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,6 +100,8 @@ def _train(config: RunConfig, resume: Resume) -> int:
     try:
         run(config, resume)
     except Exception as error:
+        if is_out_of_memory(error) and not isinstance(error, NoMemoryError):
+            raise NoMemoryError(memory_line(error, None)) from error
         if not is_lost_peer(error):
             raise
         # A collective may fail, and then a loader whose processes the launcher ends: all for want of the other rank.
@@ -114,4 +123,8 @@ def _say(line: str) -> None:
 
 if __name__ == "__main__":
     die_with_parent()
-    sys.exit(supervised(main))
+    code = supervised(main)
+    if code:  # an interpreter that ends while a checkpoint is still being written would crash, with another code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

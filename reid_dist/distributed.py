@@ -166,8 +166,10 @@ def is_lost_peer(error: BaseException | None) -> bool:
     """Whether a collective failed because another rank has gone, as gloo and NCCL put it, or led to this error."""
     if error is None:
         return False
+    # Not of a UserError: a data server's connection can be reset, too.
     said = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-    return any(words in str(error) for words in said) or is_lost_peer(error.__context__)
+    lost = isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    return lost or is_lost_peer(error.__context__)
 
 
 class Moment:

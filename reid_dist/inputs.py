@@ -37,6 +37,7 @@ from reid_dist.data.training_samples import TrainingSamples
 from reid_dist.data.transforms import Augment
 from reid_dist.errors import UserError
 from reid_dist.evaluation.benchmark import require_rows
+from reid_dist.metrics import say
 from reid_dist.models.architecture import build_dual_encoder, read_architecture
 from reid_dist.models.dictionary import read_dictionary
 from reid_dist.models.dual_encoder import DualEncoder, TextShape
@@ -249,7 +250,11 @@ def train_loader(
             data.stream.resampled,
             tuple(data.weights),
         )
-        position = resume_position(positions, rank, world_size, data.workers)[0] if positions else None
+        position = None
+        if positions:
+            position, repeated = resume_position(positions, rank, world_size, data.workers)
+            if repeated:
+                say(f"{stage.name}: with other ranks or workers {repeated} samples of tars that were begun come again")
         samples = StreamSamples(inputs.streams[stage.name], size, tokenizer, augment)
         return StreamLoader(samples, streamed, *reading, position)
     masked = text if isinstance(text, TextLoss) and text.mlm_weight > 0 else None

@@ -27,9 +27,16 @@ class Ledger:
     def __init__(self, folder: Path, start: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rank-{rank():05d}.jsonl"
+        began = {"start": start, "world_size": world_size()}
+        # Also in the files of ranks that are there no longer.
+        for old in sorted(folder.glob("rank-*.jsonl"))[rank() :: world_size()]:
+            if old != path and int(old.stem.removeprefix("rank-")) >= world_size():
+                _end_last_line(old)
+                with old.open("a") as file:
+                    file.write(json.dumps(began) + "\n")
         _end_last_line(path)
         self._file = path.open("a", buffering=1)
-        self._write({"start": start, "world_size": world_size()})
+        self._write(began)
 
     def add(self, step: int, micro_batches: Sequence[Batch], losses: Sequence[Tensor], updated: bool) -> None:
         """Writes a step (0-based): its samples, a CRC of their images' bytes, its losses, and whether it counted."""

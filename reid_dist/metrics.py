@@ -70,7 +70,6 @@ class StageLog:
         return {
             "sums": sums,
             "history": [{key: _text(value) for key, value in point.items()} for point in self.history],
-            "waited": self._waited,
             "elapsed": time.perf_counter() - self._since,
         }
 
@@ -85,7 +84,7 @@ class StageLog:
             for key, (value, _) in state["sums"].items()
         }
         self._counts = {key: count for key, (_, count) in state["sums"].items()}
-        self._since, self._waited = time.perf_counter() - state["elapsed"], state["waited"]
+        self._since = time.perf_counter() - state["elapsed"]
         self._bar.update(step - self._bar.n)
 
     def add(self, metrics: dict[str, Tensor]) -> None:

@@ -33,13 +33,18 @@ class Told(NamedTuple):
     clock: float  # seconds since 1970
 
 
-def check_alike(config: RunConfig, inputs: Inputs) -> None:
+def check_alike(config: RunConfig, inputs: Inputs, options: Mapping[str, str] = {}) -> None:
     """Compares program, libraries, settings and data of all ranks. Collective; warns of clocks that differ.
+
+    Args:
+        config: of this rank.
+        inputs: that it has opened.
+        options: of the command line, beside the settings.
 
     Raises:
         UserError: on every rank alike, one line for each fact that differs, naming ranks and hosts.
     """
-    facts = gather_facts(config, inputs)
+    facts = {**gather_facts(config, inputs), **{f"option {name}": value for name, value in options.items()}}
     distributed.barrier()  # the clocks are read at one moment
     told: list[Told] = distributed.all_gather_object(Told(socket.gethostname(), facts, time.time()))
     problems = list(differences(told))
@@ -129,8 +134,8 @@ def _who(told: list[Told], ranks: list[int]) -> str:
 
 
 def _remedy(name: str) -> str:
-    if name.startswith("setting "):
-        return "start all ranks with the same recipe and overrides"
+    if name.startswith(("setting ", "option ")):
+        return "start all ranks with the same command line"
     if name.startswith(("manifest", "streamed", "word list")):
         return "give all hosts the same files"
     if name in ("commit", "source files of reid_dist"):

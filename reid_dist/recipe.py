@@ -1,7 +1,11 @@
 """The stages of one run, in order: train, export, evaluate; finished ones are skipped, an unfinished one goes on."""
 
+import fcntl
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 
@@ -43,21 +47,59 @@ def run(config: RunConfig, resume: Resume = AUTO) -> None:
     for stage in config.stages:
         if config.stage_steps(stage):
             require_backend(stage.engine)
-    inputs = open_inputs(config, distributed.environment_world_size())
-    fingerprints = stage_fingerprints(config, inputs)
-    completed = _completed(config, fingerprints)
-    device = prepare_environment()
-    distributed.initialize(device)
-    check_alike(config, inputs)
-    # Rank 0's view counts: on a network file system the others may not see its files yet.
-    completed = distributed.broadcast_object(completed)
-    _check_resume(config, completed, resume)
-    on_rank_0(lambda: write_text(config.output_dir / "config.yaml", dump_config(config)), _unwritable)
     watching = config.supervision
-    with StopRequest(watching.grace_s) as request, Watchdog(watching.hang_s, config.output_dir / "hang") as watchdog:
-        stop = StopAgreement(request)
-        _run_stages(Run(config, inputs, fingerprints, device, resume, watchdog, stop), completed)
-        stop.close()
+    with ExitStack() as locked, StopRequest(watching.grace_s) as request:
+        with request.nothing_to_save():
+            inputs = open_inputs(config, distributed.environment_world_size())
+            fingerprints = stage_fingerprints(config, inputs)
+            completed = _completed(config, fingerprints)
+            device = prepare_environment()
+            distributed.initialize(device)
+            check_alike(config, inputs, {"--resume": resume.how, "--fallback": str(resume.fallback)})
+            locked.enter_context(_lock(config.output_dir))
+            # Rank 0's view counts: on a network file system the others may not see its files yet.
+            completed = distributed.broadcast_object(completed)
+            unfinished = distributed.broadcast_object(_unfinished(config))
+            _check_resume(config, completed, resume)
+            on_rank_0(lambda: write_text(config.output_dir / "config.yaml", dump_config(config)), _unwritable)
+        with Watchdog(watching.hang_s, config.output_dir / "hang") as watchdog:
+            stop = StopAgreement(request)
+            _run_stages(
+                Run(config, inputs, fingerprints, device, resume, watchdog, request, stop, unfinished), completed
+            )
+            stop.close()
+
+
+@contextmanager
+def _lock(output_dir: Path) -> Iterator[None]:
+    """Keeps another run out of the folder: two would remove each other's checkpoints. Collective.
+
+    Raises:
+        UserError: on every rank: another run is in it.
+    """
+    held: list[IO[str]] = []
+
+    def take() -> None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        held.append((output_dir / ".lock").open("w"))
+        try:
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{output_dir}: another run is in it; wait for its end, or choose another output_dir"
+            ) from None
+
+    try:
+        on_rank_0(take)
+        yield
+    finally:
+        for file in held:
+            file.close()
+
+
+def _unfinished(config: RunConfig) -> str | None:
+    """The first stage that has not left an export."""
+    return next((s.name for s in config.stages if not (config.output_dir / s.name / "export").is_dir()), None)
 
 
 def _unwritable(words: str) -> CheckpointError:
@@ -67,7 +109,7 @@ def _unwritable(words: str) -> CheckpointError:
 def _run_stages(run: Run, completed: set[str]) -> None:
     config = run.config
     weights: str | None = None  # the first
-    with run.watchdog.pause("evaluation of the first weights"):
+    with run.watchdog.pause("evaluation of the first weights"), run.request.nothing_to_save():
         _evaluate_start(config, run.inputs, run.device)
     for index, stage in enumerate(config.stages):
         folder = config.output_dir / stage.name
@@ -76,8 +118,6 @@ def _run_stages(run: Run, completed: set[str]) -> None:
         else:
             _run_stage(run, index, weights)
         weights = str(folder / "export")
-        if signal := run.stop.agree():
-            raise Stopped(f"{signal}: stopped after stage {stage.name}; start again to go on")
 
 
 def _check_resume(config: RunConfig, completed: set[str], resume: Resume) -> None:
@@ -138,14 +178,24 @@ def _run_stage(run: Run, index: int, weights: str | None) -> None:
         watchdog.at(f"export of {stage.name}", 0)
         words = inputs.words or None
         on_rank_0(lambda: save_export(export, full_state, config.model, words, record, handover), _unwritable)
-    if distributed.rank() == 0:  # also what a kill right after the export has left
-        purge_finished(folder / CHECKPOINTS, config.checkpoint.best)
+        if signal := run.stop.agree():
+            raise Stopped(f"{signal}: {stage.name} is trained; start again to go on")
+    if distributed.rank() == 0:
+        _remove_checkpoints(folder / CHECKPOINTS, config.checkpoint.best)
     # Scored as whoever loads it later will see it: a fresh encoder with the weights of the file.
     encoder = build_encoder(config.model, config.seed)
     _load(encoder, str(export), config.model)
-    with watchdog.pause(f"evaluation of {stage.name}"):
+    with watchdog.pause(f"evaluation of {stage.name}"), run.request.nothing_to_save():
         scores = evaluate(encoder, stage, inputs, device, config.model.image_size)
     record_scores(config, stage.name, stage.evaluation.split, scores, time.perf_counter() - began)
+
+
+def _remove_checkpoints(folder: Path, best: bool) -> None:
+    """Removes those of a finished stage, also what a kill right after the export has left."""
+    try:
+        purge_finished(folder, best)
+    except OSError as error:
+        say(f"{folder}: cannot be removed ({error}); nothing needs it any more")
 
 
 def _load(encoder: DualEncoder, weights: str | None, model: ModelConfig) -> None:

@@ -30,6 +30,7 @@ from reid_dist.slow_ranks import OwnWork
 from reid_dist.stages import Surroundings, build_stage
 from reid_dist.stages.text_losses import IDENTITY_IMAGES
 from reid_dist.supervision.agreement import StopAgreement
+from reid_dist.supervision.signals import StopRequest
 from reid_dist.supervision.watchdog import Watchdog
 from reid_dist.trainer import Companions, train
 from reid_dist.training_state import TrainingState
@@ -64,7 +65,9 @@ class Run:
     device: torch.device
     resume: Resume
     watchdog: Watchdog
+    request: StopRequest
     stop: StopAgreement
+    unfinished: str | None  # first stage without an export when the run began
 
 
 def train_stage(run: Run, index: int, encoder: DualEncoder) -> dict[str, Any]:
@@ -79,9 +82,10 @@ def train_stage(run: Run, index: int, encoder: DualEncoder) -> dict[str, Any]:
             "trainable": [],
             "frozen": [],
         }
-    checkpoint = _checkpoint(run, index)
-    loader = _loader(run, index, checkpoint)
-    engine = _engine(run, index, encoder, loader)
+    with run.watchdog.pause(f"preparation of {stage_config.name}"), run.request.nothing_to_save():
+        checkpoint = _checkpoint(run, index)
+        loader = _loader(run, index, checkpoint)
+        engine = _engine(run, index, encoder, loader)
     stage = engine.stage
     say(
         f"{stage_config.name}: {steps} steps of {stage_config.data.global_batch_size} samples {_source_of(loader)}"
@@ -117,8 +121,7 @@ def _checkpoint(run: Run, index: int) -> Checkpoint | None:
         UserError: it is damaged, or of another stage, other settings or other data.
     """
     stage, resume = run.config.stages[index], run.resume
-    first = not any((run.config.output_dir / s.name / "export").is_dir() for s in run.config.stages[index:])
-    named = resume.how not in ("auto", "must", "never") and first
+    named = resume.how not in ("auto", "must", "never") and stage.name == run.unfinished
     folder = run.config.output_dir / stage.name / CHECKPOINTS
     found = choose(folder, Path(resume.how) if named else "auto", resume.fallback)
     if found is None:
@@ -138,8 +141,7 @@ def _loader(run: Run, index: int, checkpoint: Checkpoint | None) -> TrainLoader 
     """This rank's batches, from where the checkpoint stands."""
     positions = []
     if checkpoint is not None:
-        owners = [checkpoint.private(rank) for rank in range(checkpoint.manifest.world_size)]
-        positions = [own.values["loader"] for own in owners if own is not None]
+        positions = [checkpoint.values(rank)["loader"] for rank in range(checkpoint.manifest.world_size)]
     pin_memory = run.device.type == "cuda"
     return train_loader(
         run.config, index, run.inputs, distributed.rank(), distributed.world_size(), pin_memory, positions
@@ -191,6 +193,7 @@ def _companions(run: Run, index: int, checkpoint: Checkpoint | None) -> Iterator
     try:
         yield Companions(run.watchdog, run.stop, config.supervision.desync_every, ledger, writer, keeping.every)
     finally:
+        writer.close(config.supervision.grace_s)
         if ledger is not None:
             ledger.close()
 

@@ -11,7 +11,7 @@ from reid_dist.checkpoint.reader import Checkpoint
 from reid_dist.checkpoint.writer import CheckpointWriter
 from reid_dist.config import OptimizerConfig
 from reid_dist.consistency import check_ranks_agree
-from reid_dist.errors import NoMemoryError, Stopped
+from reid_dist.errors import CheckpointError, NoMemoryError, Stopped
 from reid_dist.ledger import Ledger
 from reid_dist.metrics import say
 from reid_dist.optim import lr_factor
@@ -80,7 +80,10 @@ def train(
         if is_out_of_memory(error):
             raise NoMemoryError(memory_line(error, done)) from error
         raise
-    companions.writer.finish()
+    try:
+        companions.writer.finish()
+    except CheckpointError as error:  # the stage is trained, and its export is what counts now
+        say(str(error))
 
 
 def _steps(
@@ -112,14 +115,16 @@ def keep(state: TrainingState, companions: Companions, done: int, total_steps: i
         Stopped: the ranks were told to stop, and have saved.
     """
     signal, every = companions.stop.poll(), companions.save_every
-    if done == total_steps or not (signal or (every and done % every == 0)):
-        return  # the end of the stage is its export
-    companions.watchdog.at("save", done)
-    if companions.compare_every and done % companions.compare_every:  # so that no checkpoint mixes two models
+    ends = done == total_steps
+    if not (ends or signal or (every and done % every == 0)):
+        return
+    if companions.compare_every and done % companions.compare_every:  # so that nothing written mixes two models
         check_ranks_agree(state.engine.stage, done - 1)
+    if ends:
+        return  # what is written then is the export
+    companions.watchdog.at("save", done)
     companions.writer.save(done, state.pieces(), state.private(), state.record(done), wait=bool(signal))
     if signal:
-        companions.writer.finish()
         raise Stopped(f"{signal}: saved after step {done}; start again to go on")
 
 

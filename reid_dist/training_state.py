@@ -124,6 +124,7 @@ class TrainingState:
         self.log.load(own.values["log"], checkpoint.manifest.step, self.device)
         self.guard.load(own.values["guard"])
         _check_digests(pieces_digest(self.pieces()), checkpoint.manifest.digests)
+        checkpoint.close()
         if rank() < checkpoint.manifest.world_size:
             _restore_random(own, self.device)
         else:

@@ -55,6 +55,8 @@ def fingerprint(config: RunConfig, stage: StageConfig, previous: str, data: Sequ
         "previous": previous,
         "data": list(data),
     }
+    if config.guard.spike_sigma:  # decides which steps are made
+        parts["guard"] = config.guard.model_dump(mode="json", exclude={"max_skips"})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

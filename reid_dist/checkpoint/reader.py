@@ -82,11 +82,19 @@ class Checkpoint:
         """What a rank had of its own; None where fewer ranks have saved."""
         if rank >= self.manifest.world_size:
             return None
-        name = rank_file(rank, self.manifest.world_size)
-        values = json.loads((self.folder / name.replace(".safetensors", ".json")).read_bytes())
         file, prefix = self._file(rank), private_key("")
         keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (it is no dict)
-        return Private({key.removeprefix(prefix): file.get_tensor(key) for key in keys}, values)
+        return Private({key.removeprefix(prefix): file.get_tensor(key) for key in keys}, self.values(rank))
+
+    def values(self, rank: int) -> dict[str, Any]:
+        """The values of `private`; of a rank that has saved."""
+        name = rank_file(rank, self.manifest.world_size).replace(".safetensors", ".json")
+        values: dict[str, Any] = json.loads((self.folder / name).read_bytes())
+        return values
+
+    def close(self) -> None:
+        """Lets go of the files, which take their room on the disk until then, removed or not."""
+        self._files.clear()
 
     def digests(self) -> dict[str, str]:
         """The digest of each part as its files give it, to compare with the manifest's."""
@@ -157,7 +165,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         UserError: it is missing, damaged, another user's, or of another step than the folder.
     """
     path = folder / MANIFEST_FILE
-    _check_ours(folder)
+    check_ours(folder)
     _check_present(path, remedy(folder))
     data = path.read_bytes()
     manifest = parse(path, data, remedy(folder))
@@ -193,10 +201,10 @@ def _check_present(path: Path, what_to_do: str) -> None:
         raise UserError(f"{path}: missing; {what_to_do}") from None
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path}: not a regular file; {what_to_do}")
-    _check_ours(path)
+    check_ours(path)
 
 
-def _check_ours(path: Path) -> None:
+def check_ours(path: Path) -> None:
     """Refuses what others could have written: a hash beside the data says nothing of who made both."""
     try:
         found = path.stat()

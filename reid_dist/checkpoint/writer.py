@@ -31,6 +31,7 @@ from reid_dist.checkpoint.manifest import (
     step_folder,
 )
 from reid_dist.checkpoint.private import Private
+from reid_dist.checkpoint.reader import check_ours
 from reid_dist.checkpoint.retention import clean, purge, write_latest
 from reid_dist.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot
 from reid_dist.checkpoint.tensor_file import write_blocks, write_tensors
@@ -127,6 +128,14 @@ class CheckpointWriter:
             problem, self._problem = self._problem, None
             raise problem
 
+    def close(self, patience_s: float) -> None:
+        """Waits for a save that is under way, at most so long, whatever comes of it: for a run that ends otherwise."""
+        if self._thread is not None:
+            self._thread.join(patience_s)
+        if self._group is not None and (self._thread is None or not self._thread.is_alive()):
+            dist.destroy_process_group(self._group)
+            self._group = None
+
     def _check_start(self, found: list[tuple[int, int, int]]) -> None:
         """Looks whether the ranks stand at one step, and whether the disk has room for what all of them hold."""
         steps, sizes, free = zip(*found, strict=True)
@@ -186,7 +195,10 @@ class CheckpointWriter:
         write_blocks(partial / MANIFEST_FILE, [dump(manifest)])
         replace_folder(partial, step_folder(self._folder, step))
         write_latest(self._folder, step_folder(self._folder, step).name)
-        purge(self._folder, step, self._keep, self._best)
+        try:
+            purge(self._folder, step, self._keep, self._best)
+        except OSError as error:  # this checkpoint is whole
+            print(f"checkpoint: old ones could not be removed: {error}", flush=True)
 
 
 def _own_group() -> dist.ProcessGroup | None:
@@ -217,6 +229,7 @@ def _prepare(folder: Path) -> None:
     probe = beside(folder / "probe", "partial")
     try:
         write_blocks(probe, [b"probe"])
+        check_ours(probe)  # what cannot be read back later must not be written
     finally:
         probe.unlink(missing_ok=True)
 

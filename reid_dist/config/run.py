@@ -30,7 +30,8 @@ class GuardConfig(Section):
 class SupervisionConfig(Section):
     """What the ranks watch in each other."""
 
-    hang_s: Positive = Field(1800.0, description="a run that stands still for so long says where, and ends")
+    # Below 600 s, when torch's process groups give up, without a name.
+    hang_s: float = Field(480.0, gt=0, le=540, description="a run that stands still for so long says where, and ends")
     grace_s: Positive = Field(100.0, description="seconds from a signal to stop to the end, saved or not")
     desync_every: int = Field(0, ge=0, description="steps between comparisons of the ranks' weights; 0: none")
     slow_ratio: float = Field(

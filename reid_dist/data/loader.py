@@ -161,7 +161,6 @@ class TrainLoader:
         self.wait_seconds = 0.0
         self.bad_samples = BadSamples(max_bad_fraction)
         if positions:
-            self.wait_seconds = positions[rank % len(positions)]["wait_seconds"]
             # With other ranks the counts stay whole: one of the new ranks has those of several, or of none.
             for position in positions[rank::world_size]:
                 self.bad_samples.take_over(position["bad_samples"])
@@ -190,7 +189,7 @@ class TrainLoader:
 
     def position(self) -> dict[str, Any]:
         """What a step's number does not say, for a checkpoint: JSON-able."""
-        return {"wait_seconds": self.wait_seconds, "bad_samples": self.bad_samples.state()}
+        return {"bad_samples": self.bad_samples.state()}
 
     def describe(self, sample_id: int) -> str:
         """Names a sample, for messages."""

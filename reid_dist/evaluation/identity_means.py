@@ -35,9 +35,10 @@ def identity_means(
     for number, shards in enumerate(samples.shards):
         items = np.flatnonzero(samples.set_N == number)
         rows, first = np.unique(samples.row_N[items], return_index=True)  # an item may be one of an image's captions
-        image_ND = extract(encoder, shards, rows, samples.image_size, None, batch_size, device).image_ND
+        # Added up on the CPU: a GPU adds in any order, and the ranks would hold other bits.
+        image_ND = extract(encoder, shards, rows, samples.image_size, None, batch_size, device).image_ND.cpu()
         if sums is None:
             sums = image_ND.new_zeros(len(samples.identities), image_ND.shape[1])
-        sums.index_add_(0, torch.from_numpy(samples.pid_N[items[first]]).to(image_ND.device), image_ND)
+        sums.index_add_(0, torch.from_numpy(samples.pid_N[items[first]]), image_ND)
     assert sums is not None  # there is at least one set
-    return nn.functional.normalize(sums, dim=1)
+    return nn.functional.normalize(sums, dim=1).to(device)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reid_dist.config import RunConfig, StageConfig
 from reid_dist.data.sample import MANIFEST_NAME, Manifest
+from reid_dist.errors import UserError
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.stages import Batch, Stage, Surroundings, build_stage
 from reid_dist.stages.identity_prompt import IDENTITY_TEXT
@@ -102,4 +104,8 @@ def count_identities(stage: StageConfig) -> int:
 def read_manifest(stage: StageConfig, name: str) -> Manifest | None:
     """The manifest of a training set; None where it is not there yet, or at an address, which is not asked."""
     path = Path(stage.data.location(name)) / MANIFEST_NAME
-    return Manifest.model_validate_json(path.read_bytes()) if path.is_file() else None
+    try:
+        return Manifest.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read ({first}); index the set again, or move it away") from error

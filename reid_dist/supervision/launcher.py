@@ -20,7 +20,7 @@ from types import FrameType
 from reid_dist.exit_codes import ExitCode
 from reid_dist.supervision import processes
 from reid_dist.supervision.leaving import FOLDER, Rank, remove_shared_memory
-from reid_dist.supervision.signals import STOP_SIGNALS
+from reid_dist.supervision.signals import ECHO_S, STOP_SIGNALS
 
 _POLL_S = 0.1
 # From one rank's bad end, or the launcher's, to everybody's; ranks without a launcher need four and a half.
@@ -117,6 +117,7 @@ class _Start:
         self._grace_s = grace_s
         self._told = told
         self._signals: list[int] = []
+        self._told_at = float("inf")
         self._deadline = float("inf")
 
     def run(self) -> Ending:
@@ -149,7 +150,10 @@ class _Start:
             for process in ranks or processes.descendants():  # before there are ranks nothing is lost
                 if process is not None:
                     process.signal(number if ranks else signal.SIGTERM)
-            self._end_within(self._grace_s if ranks and len(self._signals) == 1 else _AT_ONCE_S)
+            now = time.monotonic()
+            again = now - self._told_at > ECHO_S  # sooner it is the same wish, as SLURM and Ctrl-C send it
+            self._told_at = min(self._told_at, now)
+            self._end_within(_AT_ONCE_S if again or not ranks else self._grace_s)
 
     def _look_at_ranks(self) -> None:
         # A rank's bad end is everybody's; so is the end of one that was told to stop, since all save together.

@@ -1,10 +1,12 @@
 """Signals that tell a run to stop, as a wish of the process they reached; `agreement` makes it the wish of all."""
 
+import contextlib
 import os
 import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 from reid_dist.exit_codes import ExitCode
@@ -12,7 +14,7 @@ from reid_dist.supervision.leaving import end_now, say
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Terminals and launchers send one wish to all processes and each other: what comes so soon is the first one's echo.
-_ECHO_S = 1.0
+ECHO_S = 1.0
 
 _entered: "StopRequest | None" = None
 
@@ -36,15 +38,17 @@ class StopRequest:
         self.name: str | None = None
         self._grace_s = grace_s
         self._heard_at: float | None = None
+        self._saved = False
 
     def __enter__(self) -> "StopRequest":
         global _entered
         self._hears, self._told = socket.socketpair()
         self._told.setblocking(False)
+        # Before the handlers: what comes in between is heard.
+        self._wakeup = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
         self._handlers = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
         for number in STOP_SIGNALS:
             signal.siginterrupt(number, False)  # libraries' waits go on: the thread is told by the interpreter
-        self._wakeup = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         _entered = self
         return self
@@ -59,6 +63,17 @@ class StopRequest:
         signal.set_wakeup_fd(self._wakeup)
         self._told.shutdown(socket.SHUT_RDWR)  # ends the thread, though forked children hold copies
         self._told.close()
+
+    @contextlib.contextmanager
+    def nothing_to_save(self) -> Iterator[None]:
+        """Inside, a wish ends this process at once (75): all that was done is on the disk, or nothing was done yet."""
+        self._saved = True
+        if self.name is not None:
+            self._leave(self.name)
+        try:
+            yield
+        finally:
+            self._saved = False
 
     def take(self, number: int) -> None:
         """Takes up the wish that a signal stands for; from here on the process has `grace_s` to end."""
@@ -86,10 +101,16 @@ class StopRequest:
         now = time.monotonic()
         if self._heard_at is None:
             self._heard_at = now
+            if self._saved:
+                self._leave(signal.Signals(number).name)
             self.take(number)
-        elif now - self._heard_at > _ECHO_S:
+        elif now - self._heard_at > ECHO_S:
             say(f"{signal.Signals(number).name} after {self.name}: ends at once, without saving")
             end_now(128 + number)
+
+    def _leave(self, name: str) -> None:
+        say(f"{name}: stopped; start again to go on")
+        end_now(ExitCode.STOPPED)
 
     def _end_late(self) -> None:
         time.sleep(self._grace_s)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from reid_dist.supervision.signals import _ECHO_S
+from reid_dist.supervision.signals import ECHO_S
 from tests.slurm.conftest import wait_until
 
 pytestmark = pytest.mark.slurm
@@ -37,6 +37,11 @@ record(event="began")
 deadline = time.monotonic() + (plan["seconds"] if start < plan["starts"] else 0)
 while time.monotonic() < deadline and not told:
     time.sleep(0.02)
+if told and plan["saves"]:
+    named = [word.partition("=")[2] for word in sys.argv if word.startswith("output_dir=")]
+    folder = Path(named[-1] if named else "runs/a") / "t2i" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "latest").write_text(f"step-{start}")
 if told:
     time.sleep(0.1 + 0.4 * int(own["SLURM_PROCID"]))
 code = 75 if told else plan["code"]
@@ -56,9 +61,12 @@ class Repository(NamedTuple):
     slurm: Any
     folder: Path
 
-    def submit(self, *words: str, seconds: float = 30, code: int = 0, starts: int = 1, options: tuple = ()) -> str:
+    def submit(
+        self, *words: str, seconds: float = 30, code: int = 0, starts: int = 1, saves: bool = True, options: tuple = ()
+    ) -> str:
         """Job of two ranks on two nodes; it trains for so long in its first so many starts, then ends with `code`."""
-        (self.folder / "plan.json").write_text(json.dumps({"seconds": seconds, "code": code, "starts": starts}))
+        plan = {"seconds": seconds, "code": code, "starts": starts, "saves": saves}
+        (self.folder / "plan.json").write_text(json.dumps(plan))
         own = ("--nodes=2", "--ntasks-per-node=1", "--output=%A_%a.log", *options)
         return str(self.slurm.submit(*own, str(SCRIPT), *(words or ("recipe.yaml",)), cwd=self.folder))
 
@@ -123,6 +131,15 @@ def test_told_to_stop_it_goes_back_into_the_queue_and_ends_by_itself(repository:
     assert ended[0]["MASTER_ADDR"] == "127.0.1.1"
 
 
+def test_a_job_that_gets_nowhere_does_not_come_back(repository: Repository) -> None:
+    """Its time limit is too short: round and round it would go."""
+    job = repository.submit(saves=False)
+    repository.wait_for_ranks(2)
+    repository.slurm.run("scancel", "--signal=USR1", job)
+    assert _end(repository.slurm.wait(job)) == ("FAILED", "75:0", "0")
+    assert "nothing was saved in all this time; give it a longer --time" in repository.logs()
+
+
 def test_a_job_that_a_person_cancels_does_not_come_back(repository: Repository) -> None:
     job = repository.submit()
     repository.wait_for_ranks(2)
@@ -144,7 +161,7 @@ def test_a_preempted_job_is_requeued_once(repository: Repository) -> None:
     assert _end(repository.slurm.wait(job)) == ("COMPLETED", "0:0", "1"), repository.logs()
     for left in repository.events("left")[:2]:
         # SLURM tells them twice, the second time at once where the partition has no GraceTime: an echo, no second wish.
-        assert set(left["told"]) == {"SIGTERM"} and left["code"] == 75 and left["apart"] < _ECHO_S
+        assert set(left["told"]) == {"SIGTERM"} and left["code"] == 75 and left["apart"] < ECHO_S
     assert repository.events("began")[-1]["arguments"][-2:] == ["--resume", "auto"]
 
 
@@ -220,4 +237,4 @@ def test_a_run_that_only_the_limit_itself_tells_is_requeued_too(repository: Repo
     tasks = repository.slurm.wait(job, timeout_s=200)
     assert _end(tasks) == ("COMPLETED", "0:0", "1"), repository.logs()
     assert [set(each["told"]) for each in repository.events("left")] == [{"SIGTERM"}] * 2 + [set()] * 2
-    assert all(each["apart"] < _ECHO_S for each in repository.events("left"))
+    assert all(each["apart"] < ECHO_S for each in repository.events("left"))

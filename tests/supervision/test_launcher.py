@@ -121,7 +121,7 @@ def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
     with guarded("python", "idling.py", tmp_path, "deaf") as launch:
         launch.pids()
         launch.process.send_signal(signal.SIGUSR1)
-        time.sleep(signals._ECHO_S + 0.3)
+        time.sleep(signals.ECHO_S + 0.3)
         launch.process.send_signal(signal.SIGTERM)
         code, said = launch.end(3)
         assert code == 128 + signal.SIGTERM and "SIGTERM after SIGUSR1: ends at once" in said

@@ -65,7 +65,7 @@ def test_a_second_signal_ends_a_rank_that_waits_for_others(start: Any) -> None:
     ranks = start(1, wait_in_c, 60)
     ranks.wait_for("ready")
     ranks.signal(0, signal.SIGUSR1)
-    time.sleep(signals._ECHO_S + 0.3)
+    time.sleep(signals.ECHO_S + 0.3)
     ranks.signal(0, signal.SIGTERM)
     assert ranks.codes(2) == [128 + signal.SIGTERM]
     assert ranks.said() == "rank 0: SIGTERM after SIGUSR1: ends at once, without saving\n"
