@@ -8,6 +8,7 @@ stretched as those of the stage were on one rank: what is left of the error then
 """
 
 import argparse
+import math
 import os
 import statistics
 import time
@@ -115,7 +116,7 @@ class Machine:
 
         least = self._seconds(reduce(little), 50) / 50
         sent = 2 * much.nbytes * (ranks - 1) / ranks
-        return least * 1e6 / (2 * (ranks - 1).bit_length()), sent / max(1e-9, self._seconds(reduce(much)) - least) / 1e9
+        return least * 1e6 / (2 * math.log2(ranks)), sent / max(1e-9, self._seconds(reduce(much)) - least) / 1e9
 
 
 def measure(case: Case) -> dict[str, Any]:

@@ -158,8 +158,9 @@ def _train(trained: Trained, engine: Engine, turns: Turns, device: torch.device,
     guard = Guard(config.guard, engine, turns.describe)
     state = TrainingState(engine, turns, log, guard, device, {}, batch)
     watching = config.supervision
-    with StopRequest(watching.grace_s) as request, Watchdog(watching.hang_s, folder) as watchdog:
-        stop = StopAgreement(request)
+    # The request hears no signal: one ends the measurement.
+    with Watchdog(watching.hang_s, folder) as watchdog:
+        stop = StopAgreement(StopRequest(watching.grace_s))
         # Saving is another benchmark: here a checkpoint is never due.
         writer = CheckpointWriter(folder / "checkpoints", config.checkpoint.keep, False, asynchronous=True)
         companions = Companions(watchdog, stop, watching.desync_every, None, writer, save_every=0)

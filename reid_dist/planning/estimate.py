@@ -189,9 +189,10 @@ def _choice(
     own = engine_exchanges(counted.sizes, engine, *counted.averaged)
     losses = [_repeated(exchange, micro) for exchange in counted.heard]
     links = assumed.links(gpus)
-    exposed, waited = (sum(x.seconds(world, links) for x in part) for part in (own, losses))
-    if _overlaps(stage):
-        exposed = max(0.0, exposed - compute)
+    # Behind the backward gradients can travel, and under ZeRO 3 weights, but not weights that a step has just made.
+    hidden = [x for x in own if _overlaps(stage) and (zero == 3 or x.kind == "gradients")]
+    exposed = max(0.0, sum(x.seconds(world, links) for x in hidden) - compute)
+    waited = sum(x.seconds(world, links) for x in (*own, *losses) if x not in hidden)
     return Choice(zero, "", memory, (*own, *losses), compute, update, exposed + waited)
 
 

@@ -32,7 +32,7 @@ _ROUNDS = {
     "broadcast_": 1,
 }
 # DeepSpeed's defaults, in elements.
-_PREFETCH, _PERSISTENT, _GATHER_BUCKET = 50_000_000, 100_000, 500_000_000
+_PREFETCH, _PERSISTENT, _GATHER_BUCKET, _KEPT = 50_000_000, 100_000, 500_000_000, 1_000_000_000
 # Exactly these classes DeepSpeed takes for safe in half precision.
 _SAFE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -128,8 +128,8 @@ def engine_exchanges(sizes: Sizes, engine: EngineConfig, averaged: int, averaged
         calls = sizes.groups * math.ceil(sizes.trainable / sizes.groups / _GATHER_BUCKET)
         found.append(Exchange("weights", width * sizes.trainable, calls))
     if zero == 3:
-        # What is not gathered again for the backward: below 1e9 elements DeepSpeed keeps all until then.
-        micro = engine.gradient_accumulation_steps
+        # Gathered again for the backward: DeepSpeed keeps up to so many elements until then.
+        micro = engine.gradient_accumulation_steps * (2 if sizes.gathered > _KEPT else 1)
         found.append(Exchange("weights", micro * width * sizes.gathered, micro * math.ceil(sizes.gathered / _PREFETCH)))
         found.append(Exchange("weights", width * sizes.persistent, sizes.persistent_tensors))
     if averaged and pure:  # their fp32 masters lie in pieces

@@ -26,6 +26,7 @@ _POLL_S = 0.1
 # From one rank's bad end, or the launcher's, to everybody's; ranks without a launcher need four and a half.
 _TOGETHER_S = 6.0
 _AT_ONCE_S = 3.0  # after a second signal
+_PAUSE_S = 5.0  # before the second restart; before each further one so much more
 # Of the ranks' codes the first of these is the run's: it says why, where others only say that.
 _REASONS = (
     ExitCode.WRONG_INPUT,
@@ -55,6 +56,9 @@ def supervise(command: Sequence[str], restarts: int, grace_s: float, say: Callab
             if not (ending.again and left):
                 break
             say(f"ended with {ending.code}; starts again, {left - 1} restarts left")
+            # A node, port or file system that is away for a moment must not use up all of them.
+            with contextlib.suppress(queue.Empty):
+                return 128 + told.get(timeout=_PAUSE_S * (restarts - left))
     return ending.code
 
 
