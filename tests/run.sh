@@ -29,7 +29,8 @@ if [ $# -gt 0 ]; then
 fi
 
 # Two halves side by side: most tests keep one core busy. What the first one says follows the second one's.
-first=(tests/benchmarks tests/claims tests/data tests/distributed tests/evaluate tests/evaluation tests/golden)
+first=(tests/benchmarks tests/claims tests/data tests/distributed tests/engine tests/evaluate tests/evaluation)
+first+=(tests/golden)
 first+=(tests/kernels tests/losses tests/models tests/report tests/stages)
 said=$(mktemp)
 set -m # without job control bash would start it with interrupts ignored, and what it starts would ignore them too

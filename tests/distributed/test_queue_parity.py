@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reid_dist.config import EngineConfig, I2ILoss, ModelConfig, OptimizerConfig, PretrainLoss, TextLoss
-from reid_dist.distributed import mean_over_ranks, rank, world_size
+from reid_dist.distributed import rank, world_size
 from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.optim import build_optimizer, parameter_groups
@@ -21,7 +21,7 @@ from reid_dist.stages.contract import Batch, Surroundings, Weights
 from reid_dist.stages.i2i import I2IStage
 from reid_dist.stages.pretrain import PretrainStage
 from reid_dist.stages.t2i import T2IStage
-from reid_dist.trainer import accumulated_step, cached_step
+from tests.distributed.steps import make_step
 
 ARCHITECTURE = str(Path(__file__).parents[2] / "configs" / "models" / "row_conv_tiny.json")
 GLOBAL_BATCH = 16
@@ -130,18 +130,11 @@ class RecordingEngine(DeepSpeedEngine):
     gradients: dict[str, Tensor]
     micro_steps = 0
 
-    def step(self) -> bool:
+    def step(self, skip: bool = False) -> bool:
         self.micro_steps += 1
         if self.micro_steps == STEPS * self.config.gradient_accumulation_steps:
             self.gradients = self.full_gradients()
-        return super().step()
-
-
-class Losses(list):
-    """In place of a log: the mean of what was added."""
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        self.append(mean_over_ranks(metrics["loss"]).item())
+        return super().step(skip)
 
 
 def train(case: Case) -> dict[str, Any]:
@@ -157,13 +150,10 @@ def train(case: Case) -> dict[str, Any]:
     stage.start(engine.exact_parameters)
     losses = []
     for step in range(STEPS):
-        log = Losses()
-        run_step = cached_step if case.cached else accumulated_step
-        micro_batches = stage.prepare(own_rows(make_batch(step), case.micro_steps))
-        states, updated = run_step(engine, micro_batches, torch.device("cpu"), log)  # type: ignore[arg-type]
-        assert updated and len(states) == case.micro_steps
-        stage.after_step(states, updated, engine.exact_parameters)
-        losses.append(sum(log) / len(log))
+        made, loss = make_step(engine, step, stage.prepare(own_rows(make_batch(step), case.micro_steps)))
+        assert made.updated and len(made.states) == case.micro_steps
+        stage.after_step(made.states, made.updated, engine.exact_parameters)
+        losses.append(loss)
     found = {"losses": losses, **kept_beside(stage)}
     parameters = engine.full_parameters()
     if rank() == 0:

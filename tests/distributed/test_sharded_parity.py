@@ -11,16 +11,15 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from reid_dist.config import EngineConfig, I2ILoss, I2IStageConfig, ModelConfig, OptimizerConfig
-from reid_dist.distributed import all_gather_ragged, mean_over_ranks, rank, world_size
+from reid_dist.distributed import all_gather_ragged, rank, world_size
 from reid_dist.engine.deepspeed_engine import DeepSpeedEngine
 from reid_dist.models.architecture import build_dual_encoder
 from reid_dist.optim import build_optimizer, parameter_groups, set_learning_rate
 from reid_dist.stages import I2IStage, Stage, Surroundings, build_stage
 from reid_dist.stages.contract import Batch
-from reid_dist.trainer import accumulated_step, cached_step
+from tests.distributed.steps import make_step
 
 ARCHITECTURE = str(Path(__file__).parents[2] / "configs" / "models" / "row_conv_tiny.json")
 ROWS, IDENTITIES, TOLERANCE = 16, 27, 1e-5
@@ -95,13 +94,6 @@ def own_rows(batch: Batch, micro_steps: int, owner: int = 0, owners: int = 1) ->
     return [{name: x[start : start + rows] for name, x in batch.items()} for start in starts]
 
 
-class Losses(list):
-    """In place of a log."""
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        self.append(float(mean_over_ranks(metrics["loss"])))
-
-
 def train(case: Case) -> dict[str, Any]:
     stage, config = make_stage(case), make_config(case)
     engine = DeepSpeedEngine(stage, config.engine, config.optimizer, ROWS // case.micro_steps // world_size())
@@ -111,11 +103,9 @@ def train(case: Case) -> dict[str, Any]:
         engine.set_learning_rate(factor)
         stage.set_learning_rate(factor)
         micro_batches = stage.prepare(own_rows(make_batch(step), case.micro_steps, rank(), world_size()))
-        log = Losses()
-        run_step = cached_step if case.cached else accumulated_step
-        states, updated = run_step(engine, micro_batches, torch.device("cpu"), log)  # type: ignore[arg-type]
-        stage.after_step(states, updated, engine.exact_parameters)
-        losses.append(sum(log) / len(log))
+        made, loss = make_step(engine, step, micro_batches)
+        stage.after_step(made.states, made.updated, engine.exact_parameters)
+        losses.append(loss)
         assert stage.sharded is not None
         centres.append(torch.cat(all_gather_ragged(stage.sharded.weight_SD)))
     found = {"losses": losses, "centres": centres, "parameters": engine.full_parameters()}
