@@ -4,10 +4,12 @@ Each loop makes the method's own part of a step too (queue and momentum encoders
 schedule, no log, no guard.
 """
 
+import argparse
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +103,27 @@ class Trained:
             "camid_B": integers(6, rows),
             "sample_id_B": integers(2**31, rows),
         }
+
+
+def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is trained, and where the rows go."""
+    parser.add_argument("config", nargs="?", type=Path, default=Path("configs/quickstart.yaml"), help="recipe")
+    parser.add_argument("--json", required=True, type=Path, help="file to write the rows to")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], help="numbers of processes (default: 1 2)")
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="setting over the recipe's")
+
+
+def require_positive(options: argparse.Namespace, *names: str) -> None:
+    """Refuses counts below 1.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in names:
+        given = getattr(options, name)
+        for count in given if isinstance(given, list) else [given]:
+            if count < 1:
+                raise UserError(f"--{name} {count}: must be above 0")
 
 
 def on_device(device: torch.device, batch: Batch) -> Batch:

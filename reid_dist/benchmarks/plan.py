@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +23,10 @@ from tqdm import tqdm
 
 from reid_dist import distributed
 from reid_dist.benchmarks.kernel import check_writable
-from reid_dist.benchmarks.loops import EngineLoop, Trained, build_of
+from reid_dist.benchmarks.loops import EngineLoop, Trained, add_trained_arguments, build_of, require_positive
 from reid_dist.benchmarks.machine import describe_machine
 from reid_dist.benchmarks.ranks import measure_on_ranks
 from reid_dist.engine import prepare_environment
-from reid_dist.errors import UserError
 from reid_dist.files import write_results
 from reid_dist.planning.assumptions import Assumptions
 from reid_dist.planning.estimate import estimate_stage
@@ -144,14 +142,11 @@ def measure(case: Case) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `benchmark.py plan`."""
-    parser.add_argument("config", nargs="?", type=Path, default=Path("configs/quickstart.yaml"), help="recipe")
-    parser.add_argument("--json", required=True, type=Path, help="file to write the rows to")
+    add_trained_arguments(parser)
     parser.add_argument("--stage", nargs="+", help="of the recipe (default: all)")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], help="numbers of processes (default: 1 2)")
     parser.add_argument("--zero", nargs="+", type=int, default=[1], help="ZeRO stages (default: 1)")
     parser.add_argument("--steps", type=int, default=40, help="that are timed (default: 40)")
     parser.add_argument("--repeats", type=int, default=10, help="of the machine's rates (default: 10)")
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="setting over the recipe's")
 
 
 def choose_cases(options: argparse.Namespace) -> list[Case]:
@@ -160,12 +155,7 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
     Raises:
         UserError: options out of range, or a stage that cannot be measured.
     """
-    for name in ("steps", "repeats"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: must be above 0")
-    for ranks in options.ranks:
-        if ranks < 1:
-            raise UserError(f"--ranks {ranks}: must be above 0")
+    require_positive(options, "steps", "repeats", "ranks")
     found = []
     for zero in options.zero:
         config = load_config(options.config, [*options.set, f"engine.zero_stage={zero}"])

@@ -25,13 +25,20 @@ from tqdm import tqdm
 
 from reid_dist import distributed
 from reid_dist.benchmarks.kernel import check_writable
-from reid_dist.benchmarks.loops import EngineLoop, Loop, TorchLoop, Trained, build_of
+from reid_dist.benchmarks.loops import (
+    EngineLoop,
+    Loop,
+    TorchLoop,
+    Trained,
+    add_trained_arguments,
+    build_of,
+    require_positive,
+)
 from reid_dist.benchmarks.machine import describe_machine
 from reid_dist.benchmarks.ranks import measure_on_ranks
 from reid_dist.checkpoint.writer import CheckpointWriter
 from reid_dist.data.bad_samples import BadSamples
 from reid_dist.engine import Engine, prepare_environment
-from reid_dist.errors import UserError
 from reid_dist.files import write_results
 from reid_dist.guard import Guard
 from reid_dist.metrics import StageLog
@@ -207,13 +214,10 @@ def share(mine: list[float], other: list[float]) -> dict[str, float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `benchmark.py step`."""
-    parser.add_argument("config", nargs="?", type=Path, default=Path("configs/quickstart.yaml"), help="recipe")
-    parser.add_argument("--json", required=True, type=Path, help="file to write the rows to")
+    add_trained_arguments(parser)
     parser.add_argument("--stage", nargs="+", default=["pretrain"], help="of the recipe (default: pretrain)")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], help="numbers of processes (default: 1 2)")
     parser.add_argument("--turns", type=int, default=20, help="of each loop (default: 20)")
     parser.add_argument("--steps", type=int, default=20, help="of a turn (default: 20)")
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="setting over the recipe's")
 
 
 def choose_cases(options: argparse.Namespace) -> list[Case]:
@@ -222,12 +226,7 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
     Raises:
         UserError: options out of range, or a stage that cannot be measured.
     """
-    for name in ("turns", "steps"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: must be above 0")
-    for ranks in options.ranks:
-        if ranks < 1:
-            raise UserError(f"--ranks {ranks}: must be above 0")
+    require_positive(options, "turns", "steps", "ranks")
     config = load_config(options.config, options.set)
     trained = [Trained(config, name, ranks) for name in options.stage for ranks in dict.fromkeys(options.ranks)]
     for one in trained:

@@ -70,18 +70,15 @@ def test_two_signals(reference: Run, new_run: Callable[..., Run]) -> None:
 
 
 @pytest.mark.every
-@pytest.mark.fault("SIGTERM to the launcher")
-def test_term_to_the_supervisor(reference: Run, new_run: Callable[..., Run]) -> None:
-    _stop_supervised(reference, new_run(), signal.SIGTERM)
-
-
-@pytest.mark.every
-@pytest.mark.fault("SIGUSR1 to the launcher")
-def test_usr1_to_the_supervisor(reference: Run, new_run: Callable[..., Run]) -> None:
-    _stop_supervised(reference, new_run(), signal.SIGUSR1)
-
-
-def _stop_supervised(reference: Run, run: Run, number: int) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, marks=pytest.mark.fault(f"{number.name} to the launcher"), id=number.name)
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    ],
+)
+def test_told_through_the_supervisor(reference: Run, new_run: Callable[..., Run], number: signal.Signals) -> None:
+    run = new_run()
     mark = run.folder / "reached"
     note = {"rank": 1, "stage": "i2i", "step": 4, "phase": "data", "kind": "sleep", "seconds": 1, "mark": str(mark)}
     started = run.launch(faults=[note], supervise=["--grace", "30"])
@@ -91,8 +88,7 @@ def _stop_supervised(reference: Run, run: Run, number: int) -> None:
     ended = started.wait()
     assert ended.codes == [ExitCode.STOPPED], ended
     assert time.monotonic() - began <= 20
-    name = signal.Signals(number).name
-    assert sum(f"{name}: saved after step " in line for line in ended.said) == 1, ended
+    assert sum(f"{number.name}: saved after step " in line for line in ended.said) == 1, ended
     assert_resumes(run, reference, ended)
 
 
