@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import socket
+import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -82,11 +84,23 @@ def test_hosts_that_reach_only_themselves(hosts: list[Host]) -> None:
     meeting = {"MASTER_ADDR": "node-a", "MASTER_PORT": "29400", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [host.start("python", "-c", join, **meeting, RANK=str(rank)) for rank, host in enumerate(hosts)]
     try:
-        # It is refused at once, where rank 0 would wait for it.
-        said, log = ranks[1].communicate(timeout=100)
+        # The one with the higher port calls, and is refused at once; the other waits for five timeouts.
+        refused = _first_that_ends(ranks, 60)
+        said, log = ranks[refused].communicate()
     finally:
         for rank in ranks:
             rank.kill()
             rank.communicate()
-    assert "MASTER_ADDR=node-a MASTER_PORT=29400: rank 1 of 2 on node-b met the others there, but cannot" in said, log
+    who = f"rank {refused} of 2 on {hosts[refused].name}"
+    assert f"MASTER_ADDR=node-a MASTER_PORT=29400: {who} met the others there, but cannot" in said, log
     assert "set GLOO_SOCKET_IFNAME" in said and said.count("\n") == 1
+
+
+def _first_that_ends(ranks: "list[subprocess.Popen[str]]", timeout_s: float) -> int:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        for rank, process in enumerate(ranks):
+            if process.poll() is not None:
+                return rank
+        time.sleep(0.05)
+    raise TimeoutError("both ranks still wait")
