@@ -6,7 +6,6 @@ any end, it goes on where it stood.
 
 import argparse
 import errno
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from reid_dist.planning.report import describe_cluster
 from reid_dist.recipe import run
 from reid_dist.recipe_file import dump_config, load_config
 from reid_dist.stage_training import Resume
-from reid_dist.supervision.leaving import record, remove_own_shared_memory, supervised
+from reid_dist.supervision.leaving import leave, record, remove_own_shared_memory
 from reid_dist.supervision.parents import die_with_parent
 
 # What all ranks raise alike, so that one of them need speak.
@@ -123,8 +122,4 @@ def _say(line: str) -> None:
 
 if __name__ == "__main__":
     die_with_parent()
-    code = supervised(main)
-    if code:  # an interpreter that ends while a checkpoint is still being written would crash, with another code
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    leave(main)

@@ -48,6 +48,15 @@ _PACKAGES = ("torch", "deepspeed", "accelerate", "safetensors", "numpy", "open_c
 
 
 @dataclass(frozen=True)
+class _Taken:
+    """What one rank is about to write."""
+
+    step: int
+    snapshot: Snapshot
+    record: Record
+
+
+@dataclass(frozen=True)
 class _Share:
     """What one rank has written."""
 
@@ -85,7 +94,8 @@ class CheckpointWriter:
     ) -> None:
         """Saves the state as it is now; the caller may change it when this returns.
 
-        Waits for the save before it. Collective.
+        Waits for the save before it. Training goes on as soon as the copy is made: that the ranks stand at one step,
+        and that the disk has room for all of them, is looked at beside it. Collective.
 
         Args:
             step: optimizer steps done.
@@ -95,21 +105,16 @@ class CheckpointWriter:
             wait: return when it is on the disk.
 
         Raises:
-            CheckpointError: on every rank alike: this save, or the one before it, cannot be or was not written.
+            CheckpointError: on every rank alike: the save before it was not written, or this one, where it waits.
             RuntimeError: another rank has gone.
         """
         self.finish()
-        taken: list[tuple[Snapshot, Record]] = []
-
-        def prepare() -> tuple[int, int, int]:
-            taken.append((take_snapshot(pieces, private, self._memory), Record.model_validate(dict(record))))
-            disk = os.statvfs(self._folder)
-            return step, taken[0][0].nbytes, disk.f_bavail * disk.f_frsize
-
-        self._check_start(together(prepare, CheckpointError, self._group))
-        self._thread = threading.Thread(
-            target=self._run, args=(step, *taken[0]), name=f"checkpoint {step}", daemon=True
-        )
+        taken: _Taken | Exception
+        try:
+            taken = _Taken(step, take_snapshot(pieces, private, self._memory), Record.model_validate(dict(record)))
+        except Exception as error:  # the thread tells the other ranks, which wait for this one there
+            taken = error
+        self._thread = threading.Thread(target=self._run, args=(step, taken), name=f"checkpoint {step}", daemon=True)
         self._thread.start()
         if wait or not self._asynchronous:
             self.finish()
@@ -136,19 +141,29 @@ class CheckpointWriter:
             dist.destroy_process_group(self._group)
             self._group = None
 
-    def _check_start(self, found: list[tuple[int, int, int]]) -> None:
+    def _check_start(self, taken: "_Taken | Exception") -> "_Taken":
         """Looks whether the ranks stand at one step, and whether the disk has room for what all of them hold."""
-        steps, sizes, free = zip(*found, strict=True)
+
+        def describe() -> tuple[int, int, int]:
+            if isinstance(taken, Exception):
+                raise taken
+            disk = os.statvfs(self._folder)
+            return taken.step, taken.snapshot.nbytes, disk.f_bavail * disk.f_frsize
+
+        steps, sizes, free = zip(*together(describe, CheckpointError, self._group), strict=True)
         if len(set(steps)) > 1:
-            raise CheckpointError(f"{self._folder}: nothing saved, the ranks stand at steps {sorted(set(steps))}")
+            where = ", ".join(f"rank {steps.index(step)} at {step}" for step in sorted(set(steps)))
+            raise CheckpointError(f"{self._folder}: nothing saved, the ranks stand at different steps: {where}")
         needed = sum(sizes) + _SPARE * len(sizes)
         if min(free) < needed:
             raise CheckpointError(
                 f"{self._folder}: the checkpoint of step {steps[0]} needs {needed / 1e6:,.1f} MB,"
                 f" {min(free) / 1e6:,.1f} MB are free; make room, or choose another output_dir"
             )
+        assert isinstance(taken, _Taken)  # else `together` has raised
+        return taken
 
-    def _run(self, step: int, snapshot: Snapshot, record: Record) -> None:
+    def _run(self, step: int, found: "_Taken | Exception") -> None:
         """The thread."""
         partial = beside(step_folder(self._folder, step), "partial")
 
@@ -157,11 +172,14 @@ class CheckpointWriter:
 
         written: list[_Share] = []
         try:
-            together(lambda: written.append(_on_disk(lambda: _write_share(partial, snapshot))), fail, self._group)
+            taken = self._check_start(found)
+            together(lambda: written.append(_on_disk(lambda: _write_share(partial, taken.snapshot))), fail, self._group)
             shares = gather_on_rank_0(written[0], self._group)
-            on_rank_0(lambda: _on_disk(lambda: self._complete(step, record, partial, shares)), fail, self._group)
+            on_rank_0(lambda: _on_disk(lambda: self._complete(step, taken.record, partial, shares)), fail, self._group)
         except CheckpointError as error:  # on every rank: they go on when nothing of it is left
             self._problem = error
+            if rank() == 0:  # now: training raises it at the next save only, and may not get there
+                print(f"not saved: {error}", flush=True)
             with contextlib.suppress(RuntimeError):  # a peer that has gone since
                 on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True), fail, self._group)
         except Exception as error:  # a peer has gone

@@ -6,6 +6,8 @@
 import contextlib
 import json
 import os
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +51,24 @@ def supervised(main: Callable[[], int]) -> int:
     finally:
         record(code)
     return code
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Ends this process as a rank's `main` says, see `supervised`.
+
+    Where that is a failure or a stop, at once: an interpreter that finishes in good order waits for threads that wait
+    for ranks that have gone, or crashes while one writes a checkpoint.
+    """
+    try:
+        code = supervised(main)
+    except Exception:
+        traceback.print_exc()
+        code = ExitCode.FAULT
+    if code == 0:
+        sys.exit(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def end_now(code: int) -> NoReturn:

@@ -150,7 +150,7 @@ def _nothing() -> list[Piece]:
     [
         (_a_row_is_missing, (1, 1), "weights a: its pieces do not hold 5 rows"),
         (_two_dtypes, (1, 1), "weights a: the ranks hold tensors of different dtypes or shapes"),
-        (_nothing, (1, 2), r"nothing saved, the ranks stand at steps \[1, 2\]"),
+        (_nothing, (1, 2), "nothing saved, the ranks stand at different steps: rank 0 at 1, rank 1 at 2"),
     ],
 )
 def test_what_is_not_whole_is_not_saved(
@@ -203,7 +203,7 @@ def _a_fault_of_the_program(folder: Path) -> str:
 
     checkpoints = states.writer(folder)
     try:
-        checkpoints.save(1, broken(), states.private(1), states.record(1))
+        checkpoints.save(1, broken(), states.private(1), states.record(1), wait=True)
     except Exception as error:
         return repr(error)
     return "saved"

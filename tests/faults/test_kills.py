@@ -51,11 +51,14 @@ def name(fault: Fault) -> str:
 def check_forked(run: Run, reference: Run, fault: Fault) -> None:
     ended = run.fork(faults=[fault])
     assert ended.codes[fault["rank"]] == -9, ended
-    assert ended.codes[1 - fault["rank"]] == ExitCode.LOST_PEER, ended
+    # After the last scores nothing is left to do: the other rank may end well before it hears of the kill.
+    last = fault["stage"] == "i2i" and fault["phase"] == "scored"
+    assert ended.codes[1 - fault["rank"]] in ({ExitCode.LOST_PEER, 0} if last else {ExitCode.LOST_PEER}), ended
     assert ended.seconds <= 5, ended
     for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{ended.port}_{fault['rank']}"):
         file.unlink()  # of the killed rank: nobody is left to do it, and `supervise.py` is not there
-    assert ended.said == [f"train.py: rank {1 - fault['rank']} stops because another rank ended"], ended
+    lost = ended.codes[1 - fault["rank"]] == ExitCode.LOST_PEER
+    assert ended.said == [f"train.py: rank {1 - fault['rank']} stops because another rank ended"] * lost, ended
     assert_resumes(run, reference, ended)
 
 

@@ -376,8 +376,8 @@ def _without_clocks(value: Any) -> Any:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from reid_dist.supervision.leaving import supervised
+    from reid_dist.supervision.leaving import leave
     from reid_dist.supervision.parents import die_with_parent
 
     die_with_parent()
-    sys.exit(supervised(main))
+    leave(main)

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from reid_dist.supervision.leaving import supervised
+from reid_dist.supervision.leaving import leave
 from reid_dist.supervision.parents import die_with_parent
 from reid_dist.supervision.signals import StopRequest
 
@@ -45,4 +45,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     die_with_parent()
-    sys.exit(supervised(main))
+    leave(main)

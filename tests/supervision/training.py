@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from reid_dist.supervision.leaving import supervised
+from reid_dist.supervision.leaving import leave
 from reid_dist.supervision.parents import die_with_parent
 
 STEPS = 2000  # of 20 ms: none is reached
@@ -61,4 +61,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     die_with_parent()
-    sys.exit(supervised(main))
+    leave(main)
