@@ -1,6 +1,6 @@
 """The loop of one stage."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -96,7 +96,7 @@ def _steps(
         factor = lr_factor(optimizer, step, total_steps)
         engine.set_learning_rate(factor)
         stage.set_learning_rate(factor)
-        made = take_step(state, step, stage.prepare(micro_batches))
+        made = take_step(state, step, stage.prepare(micro_batches), companions.writer.wait_for_copy)
         stage.after_step(made.states, made.updated, engine.exact_parameters)
         if companions.ledger is not None:
             companions.ledger.add(step, micro_batches, made.losses, made.updated)
@@ -123,7 +123,10 @@ def keep(state: TrainingState, companions: Companions, done: int, total_steps: i
     if ends:
         return  # what is written then is the export
     companions.watchdog.at("save", done)
-    companions.writer.save(done, state.pieces(), state.private(), state.record(done), wait=bool(signal))
+    engine = state.engine
+    companions.writer.save(
+        done, engine.stage.pieces(), state.private(), state.record(done), wait=bool(signal), unchanging=engine.pieces()
+    )
     if signal:
         raise Stopped(f"{signal}: saved after step {done}; start again to go on")
 
@@ -137,14 +140,19 @@ class Made:
     updated: bool
 
 
-def take_step(state: TrainingState, step: int, micro_batches: list[Batch]) -> Made:
-    """One optimizer step, or where a loss or a gradient is not what it should be none: then nothing changes."""
+def take_step(state: TrainingState, step: int, micro_batches: list[Batch], before_update: Callable[[], None]) -> Made:
+    """One optimizer step, or where a loss or a gradient is not what it should be none: then nothing changes.
+
+    Until `before_update` is called, between the last backward and the optimizer, weights and moments stay as they are.
+    """
     state.guard.begin()
     make = cached_step if state.engine.config.cached_gradients else accumulated_step
-    return make(state, step, micro_batches)
+    return make(state, step, micro_batches, before_update)
 
 
-def accumulated_step(state: TrainingState, step: int, micro_batches: list[Batch]) -> Made:
+def accumulated_step(
+    state: TrainingState, step: int, micro_batches: list[Batch], before_update: Callable[[], None]
+) -> Made:
     """One optimizer step, each micro-batch with a loss of its own."""
     engine, made, logged, updated = state.engine, list[State](), list[dict[str, Tensor]](), False
     for number, batch in enumerate(micro_batches, 1):
@@ -156,11 +164,12 @@ def accumulated_step(state: TrainingState, step: int, micro_batches: list[Batch]
         made.append(output["state"])
         logged.append({name: x.detach() for name, x in {"loss": output["loss"], **output["metrics"]}.items()})
         skip = number == len(micro_batches) and not _admitted(state, step, micro_batches, logged)
+        before_update()
         updated = engine.step(skip)
     return Made(made, [values["loss"] for values in logged], updated)
 
 
-def cached_step(state: TrainingState, step: int, micro_batches: list[Batch]) -> Made:
+def cached_step(state: TrainingState, step: int, micro_batches: list[Batch], before_update: Callable[[], None]) -> Made:
     """One optimizer step with the loss of all its micro-batches together; images go to the device twice."""
     engine, stage, device, updated = state.engine, state.engine.stage, state.device, False
     passes = [engine.run(partial(first_pass, stage), _on(device, batch)) for batch in micro_batches]
@@ -172,6 +181,7 @@ def cached_step(state: TrainingState, step: int, micro_batches: list[Batch]) -> 
         replay = partial(surrogate, stage, first=first, cached=cached, index=index)
         engine.backward(engine.run(replay, _on(device, batch)))
         skip = index + 1 == len(micro_batches) and not _admitted(state, step, micro_batches, logged)
+        before_update()
         updated = engine.step(skip)
     return Made([first.state for first in passes], [logged[0]["loss"]], updated)
 

@@ -1,5 +1,6 @@
 """The loop of a stage: the order of its calls, a step that the engine skips, both ways to accumulate."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from reid_dist.checkpoint import writer as writer_module
+from reid_dist.checkpoint.reader import read_manifest
+from reid_dist.checkpoint.retention import saved_steps
+from reid_dist.checkpoint.snapshot import Snapshot
 from reid_dist.checkpoint.writer import CheckpointWriter
 from reid_dist.config import EngineConfig, GuardConfig, ModelConfig, OptimizerConfig, TextLoss
 from reid_dist.data.bad_samples import BadSamples
@@ -64,6 +69,11 @@ class Batches:
 
 class Log(StageLog):
     """Keeps what a stage's log would write."""
+
+    history: list[dict[str, Any]] = []  # noqa: RUF012 (nobody adds to it)
+
+    def state(self) -> dict[str, Any]:
+        return {}
 
     def __init__(self) -> None:
         self.name = "t2i"
@@ -124,17 +134,17 @@ class SkippingEngine(DeepSpeedEngine):
 
 
 def run(
-    micro_steps: int, cached: bool, folder: Path
+    micro_steps: int, cached: bool, folder: Path, asynchronous: bool = False, save_every: int = 0
 ) -> tuple[list[Any], list[list[Tensor]], list[dict[str, float]], list[int]]:
     stage = RecordingStage()
     config = EngineConfig(zero_stage=0, gradient_accumulation_steps=micro_steps, cached_gradients=cached)
     engine, log, loader = SkippingEngine(stage, config, SGD, ROWS), Log(), Batches(micro_steps)
-    state = TrainingState(
-        engine, loader, log, Guard(GuardConfig(), engine, loader.describe), torch.device("cpu"), {}, ROWS * micro_steps
-    )
+    guard = Guard(GuardConfig(), engine, loader.describe)
+    about = {"stage": "t2i", "kind": "t2i", "steps": STEPS, "fingerprint": "", "model": {}, "words": None}
+    state = TrainingState(engine, loader, log, guard, torch.device("cpu"), about, ROWS * micro_steps)
     with StopRequest(10) as request, Watchdog(60, folder) as watchdog:
-        writer = CheckpointWriter(folder / "checkpoints", 1, False, False)
-        companions = Companions(watchdog, StopAgreement(request), 0, None, writer, 0)
+        writer = CheckpointWriter(folder / "checkpoints", STEPS, False, asynchronous)
+        companions = Companions(watchdog, StopAgreement(request), 0, None, writer, save_every)
         train(state, SGD, STEPS, companions)
     engine.close()
     return stage.calls, stage.beside, log.added, log.steps
@@ -179,3 +189,26 @@ def test_accumulation_enqueues_the_micro_steps_in_order(runs) -> None:
         newest = torch.arange(36)[-30:]
         for number in newest.tolist():
             assert (int(ids[number % 30]), int(sequence[number % 30])) == (int(expected[number]), number)
+
+
+def save_at_once_and_late(folder: Path) -> list[dict[int, dict[str, str]]]:
+    """The digests of every save; what may be copied beside training is copied late the second time."""
+    copy = writer_module.with_pieces
+
+    def late(*arguments: Any) -> Snapshot:
+        time.sleep(0.3)
+        return copy(*arguments)
+
+    found = []
+    for name, slowed in (("at once", copy), ("late", late)):
+        writer_module.with_pieces = slowed
+        run(3, True, folder / name, asynchronous=slowed is late, save_every=1)
+        saved = saved_steps(folder / name / "checkpoints")
+        found.append({step: read_manifest(path)[0].digests for step, path in saved.items()})
+    return found
+
+
+def test_weights_stay_until_a_save_has_copied_them(run_ranks, tmp_path: Path) -> None:
+    at_once, late = run_ranks(1, save_at_once_and_late, tmp_path)[0]
+    assert list(at_once) == [1, 2, 3] and at_once == late
+    assert len({digests["weights"] for digests in at_once.values()}) == 2  # the engine skips the third step

@@ -4,10 +4,11 @@ The command starts the ranks itself, gloo processes on the CPU or one for each G
 small model with AdamW under ZeRO whose word table is as large as the state has to be. Ways to save take turns: ours,
 waiting for the disk; ours beside training; and DeepSpeed's `save_checkpoint`, which neither flushes nor hashes.
 
-stall: from the call until training may go on. total: until the checkpoint is on the disk (DeepSpeed's: in the page
-cache). lost: by how much a save delays the end of some steps that last longer than it, whatever it takes of the
-processor and the disk meanwhile included. Times are the slowest rank's, medians over turns after one turn of warm-up,
-which is told apart: it also makes the memory that later ones use again.
+stall: training stands still, in the call and, before the next optimizer, for what is copied beside the forward and
+backward. total: from the call, alone, until the checkpoint is on the disk (DeepSpeed's: in the page cache). lost: by
+how much a save delays the end of some steps that last longer than it, with all that it takes of the processor and the
+disk meanwhile. Times are the slowest rank's, medians over turns after one turn of warm-up, which is told apart: it also
+makes the memory that later ones use again.
 """
 
 import argparse
@@ -85,6 +86,7 @@ class _Training:
         self._batch = _batch(stage.encoder.text_shape.vocab_size, self.device)
         self._writers = {way: CheckpointWriter(self._folder / way, 1, False, way == "asynchronous") for way in WAYS[:2]}
         self._saves = 0
+        self._stalled = 0.0
 
     def state_bytes(self) -> int:
         """Of all ranks together; after the first step, which makes the moments."""
@@ -95,16 +97,33 @@ class _Training:
         """Some optimizer steps."""
         for _ in range(steps):
             self._engine.backward(self._engine(self._batch)["loss"])
+            self._stand_still(self._writers["asynchronous"].wait_for_copy)
             self._engine.step()
 
     def save(self, way: str) -> None:
         """Saves; returns when training may go on."""
         self._saves += 1
+        self._stand_still(partial(self._save, way))
+
+    def stalled(self) -> float:
+        """Seconds that training has stood still on the slowest rank since this was asked last."""
+        found, self._stalled = self._slowest([self._stalled]), 0.0
+        return found[0]
+
+    def _stand_still(self, call: Callable[[], None]) -> None:
+        self._synchronize()
+        began = time.perf_counter()
+        call()
+        self._synchronize()
+        self._stalled += time.perf_counter() - began
+
+    def _save(self, way: str) -> None:
         if way == "deepspeed":
             # Its own; no part of what an engine does for training.
             self._engine._engine.save_checkpoint(str(self._folder / way), tag="state")
         else:
-            self._writers[way].save(self._saves, self._engine.pieces(), Private(), self._record())
+            later = self._engine.pieces()
+            self._writers[way].save(self._saves, (), Private(), self._record(), unchanging=later)
 
     def finish(self, way: str) -> None:
         """Waits until what was saved is on the disk."""
@@ -130,10 +149,13 @@ class _Training:
             call()
             self._synchronize()
             found.append(time.perf_counter() - began)
-        slowest = torch.tensor(found, dtype=torch.float64, device=self.device)
+        return self._slowest(found)
+
+    def _slowest(self, seconds: list[float]) -> list[float]:
+        slowest = torch.tensor(seconds, dtype=torch.float64, device=self.device)
         if distributed.world_size() > 1:
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        return [float(seconds) for seconds in slowest]
+        return [float(each) for each in slowest]
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -174,12 +196,15 @@ def measure(case: Case) -> dict[str, Any]:
     training = _Training(case)
     training.train(3)
     size = training.state_bytes()
-    first = {}
+    first, total = {}, {}
     for way in WAYS:
-        first[way] = training.timed(partial(training.save, way), partial(training.finish, way))
+        training.stalled()
+        ways = partial(training.save, way), partial(training.train, 1), partial(training.finish, way)
+        total[way] = training.timed(*ways)[-1]
+        first[way] = training.stalled()
         training.settle()
     step_s = statistics.median(training.timed(lambda: training.train(1))[0] for _ in range(5))
-    steps = max(2, round(1.5 * first["synchronous"][1] / step_s))
+    steps = max(2, round(1.5 * total["synchronous"] / step_s))
     found: dict[str, list[tuple[float, float, float]]] = {way: [] for way in WAYS}
     for _ in range(case.turns):
         for way in WAYS:
@@ -197,7 +222,7 @@ def measure(case: Case) -> dict[str, Any]:
                 "stall_s": round(stall, 4),
                 "total_s": round(total, 4),
                 "lost_s": round(lost, 4),
-                "first_stall_s": round(first[way][0], 4),
+                "first_stall_s": round(first[way], 4),
                 "step_s": round(step_s, 4),
                 "steps": steps,
             }
@@ -209,10 +234,12 @@ def measure(case: Case) -> dict[str, Any]:
 def _turn(training: _Training, way: str, steps: int) -> tuple[float, float, float]:
     """Stall and total of one save, and what another one takes of the steps beside it."""
     save, finish = partial(training.save, way), partial(training.finish, way)
-    stall, total = training.timed(save, finish)
+    total = training.timed(save, finish)[-1]
     training.settle()
     alone = training.timed(lambda: training.train(steps))[0]
+    training.stalled()
     saved = training.timed(save, lambda: training.train(steps), finish)[-1]
+    stall = training.stalled()
     training.settle()
     return stall, total, saved - alone
 

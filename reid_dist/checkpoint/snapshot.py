@@ -1,4 +1,4 @@
-"""A copy of a rank's state in host memory, made while training waits; the files are written from it meanwhile.
+"""A copy of a rank's state in host memory; the files are written from it while training changes the state itself.
 
 Shape suffixes: N rows of a piece, X bytes of a slab.
 """
@@ -102,11 +102,18 @@ def take_snapshot(pieces: Iterable[Piece], private: Private, memory: HostMemory)
         ValueError: a value has no JSON form.
     """
     memory.clear()
-    held = [replace(piece, rows_N=memory.copy(piece.rows_N)) for piece in pieces]
     tensors = {name: memory.copy(x) for name, x in private.tensors.items()}
     memory.wait()
     values = as_json(private.values)
-    return Snapshot(held, tensors, values, private_sha256(Private(tensors, private.values)))
+    own = Snapshot([], tensors, values, private_sha256(Private(tensors, private.values)))
+    return with_pieces(own, pieces, memory)
+
+
+def with_pieces(snapshot: Snapshot, pieces: Iterable[Piece], memory: HostMemory) -> Snapshot:
+    """A snapshot with copies of more pieces; returns when the originals are no longer needed."""
+    held = [replace(piece, rows_N=memory.copy(piece.rows_N)) for piece in pieces]
+    memory.wait()
+    return replace(snapshot, pieces=[*snapshot.pieces, *held])
 
 
 def _described(piece: Piece) -> dict[str, Any]:

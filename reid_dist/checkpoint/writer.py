@@ -9,12 +9,13 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from reid_dist.checkpoint.agreement import gather_on_rank_0, on_rank_0, together
@@ -33,9 +34,9 @@ from reid_dist.checkpoint.manifest import (
 from reid_dist.checkpoint.private import Private
 from reid_dist.checkpoint.reader import check_ours
 from reid_dist.checkpoint.retention import clean, purge, write_latest
-from reid_dist.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot
+from reid_dist.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot, with_pieces
 from reid_dist.checkpoint.tensor_file import write_blocks, write_tensors
-from reid_dist.distributed import rank, world_size
+from reid_dist.distributed import local_device, rank, world_size
 from reid_dist.errors import CheckpointError
 from reid_dist.files import beside, replace_folder
 from reid_dist.pieces import Piece
@@ -49,11 +50,12 @@ _PACKAGES = ("torch", "deepspeed", "accelerate", "safetensors", "numpy", "open_c
 
 @dataclass(frozen=True)
 class _Taken:
-    """What one rank is about to write."""
+    """What one rank is about to write; `unchanging` has still to be copied."""
 
     step: int
     snapshot: Snapshot
     record: Record
+    unchanging: list[Piece]
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,24 @@ class CheckpointWriter:
         self._memory = HostMemory()
         self._commit = commit()
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
         self._problem: Exception | None = None
         on_rank_0(lambda: _on_disk(lambda: _prepare(folder)), CheckpointError, self._group)
 
     def save(
-        self, step: int, pieces: Iterable[Piece], private: Private, record: Mapping[str, Any], wait: bool = False
+        self,
+        step: int,
+        pieces: Iterable[Piece],
+        private: Private,
+        record: Mapping[str, Any],
+        wait: bool = False,
+        unchanging: Iterable[Piece] = (),
     ) -> None:
-        """Saves the state as it is now; the caller may change it when this returns.
+        """Saves the state as it is now; the caller may change it when this returns, but for what is `unchanging`.
 
-        Waits for the save before it. Training goes on as soon as the copy is made: that the ranks stand at one step,
-        and that the disk has room for all of them, is looked at beside it. Collective.
+        Waits for the save before it. That the ranks stand at one step, and that the disk has room for all of them, is
+        looked at beside training. Collective.
 
         Args:
             step: optimizer steps done.
@@ -103,6 +113,7 @@ class CheckpointWriter:
             private: what this rank has of its own.
             record: the fields of `Record`.
             wait: return when it is on the disk.
+            unchanging: more of its share, which stays as it is until `wait_for_copy` returns; copied beside training.
 
         Raises:
             CheckpointError: on every rank alike: the save before it was not written, or this one, where it waits.
@@ -111,13 +122,19 @@ class CheckpointWriter:
         self.finish()
         taken: _Taken | Exception
         try:
-            taken = _Taken(step, take_snapshot(pieces, private, self._memory), Record.model_validate(dict(record)))
+            snapshot = take_snapshot(pieces, private, self._memory)
+            taken = _Taken(step, snapshot, Record.model_validate(dict(record)), list(unchanging))
         except Exception as error:  # the thread tells the other ranks, which wait for this one there
             taken = error
+        self._copied.clear()
         self._thread = threading.Thread(target=self._run, args=(step, taken), name=f"checkpoint {step}", daemon=True)
         self._thread.start()
         if wait or not self._asynchronous:
             self.finish()
+
+    def wait_for_copy(self) -> None:
+        """Returns when what is unchanging in the last save is copied: it may change then."""
+        self._copied.wait()
 
     def finish(self) -> None:
         """Waits for the last save. Collective.
@@ -140,6 +157,16 @@ class CheckpointWriter:
         if self._group is not None and (self._thread is None or not self._thread.is_alive()):
             dist.destroy_process_group(self._group)
             self._group = None
+
+    def _finish_copy(self, taken: "_Taken | Exception") -> "_Taken | Exception":
+        try:
+            if isinstance(taken, Exception):
+                return taken
+            return replace(taken, snapshot=with_pieces(taken.snapshot, taken.unchanging, self._memory), unchanging=[])
+        except Exception as error:
+            return error
+        finally:
+            self._copied.set()
 
     def _check_start(self, taken: "_Taken | Exception") -> "_Taken":
         """Looks whether the ranks stand at one step, and whether the disk has room for what all of them hold."""
@@ -165,6 +192,8 @@ class CheckpointWriter:
 
     def _run(self, step: int, found: "_Taken | Exception") -> None:
         """The thread."""
+        if (device := local_device()).type == "cuda":  # a new thread begins with the first one
+            torch.cuda.set_device(device)
         partial = beside(step_folder(self._folder, step), "partial")
 
         def fail(words: str) -> CheckpointError:
@@ -172,7 +201,7 @@ class CheckpointWriter:
 
         written: list[_Share] = []
         try:
-            taken = self._check_start(found)
+            taken = self._check_start(self._finish_copy(found))
             together(lambda: written.append(_on_disk(lambda: _write_share(partial, taken.snapshot))), fail, self._group)
             shares = gather_on_rank_0(written[0], self._group)
             on_rank_0(lambda: _on_disk(lambda: self._complete(step, taken.record, partial, shares)), fail, self._group)

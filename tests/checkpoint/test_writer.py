@@ -35,6 +35,43 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_what_is_unchanging_is_copied_beside_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, copy = threading.Event(), writer_module.with_pieces
+
+    def slow(*arguments):
+        assert go_on.wait(30)
+        return copy(*arguments)
+
+    monkeypatch.setattr(writer_module, "with_pieces", slow)
+    checkpoints, weight, mean = states.writer(tmp_path), torch.ones(5), torch.ones(3)
+    later = [Piece("weights", "a", weight, 5)]
+    checkpoints.save(1, [Piece("means", "b", mean, 3)], Private(), states.record(1), unchanging=later)
+    mean.zero_()
+    waits = threading.Thread(target=checkpoints.wait_for_copy)
+    waits.start()
+    waits.join(0.2)
+    assert waits.is_alive()
+    go_on.set()
+    waits.join(30)
+    assert not waits.is_alive()
+    weight.zero_()
+    checkpoints.finish()
+    checkpoint = open_checkpoint(step_folder(tmp_path, 1))
+    assert float(checkpoint.whole("weights", "a").sum()) == 5 and float(checkpoint.whole("means", "b").sum()) == 3
+
+
+def test_nobody_waits_for_a_copy_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments):
+        raise MemoryError("no host memory")
+
+    monkeypatch.setattr(writer_module, "with_pieces", broken)
+    checkpoints = states.writer(tmp_path)
+    checkpoints.save(1, [], Private(), states.record(1), unchanging=states.pieces(1))
+    checkpoints.wait_for_copy()
+    with pytest.raises(CheckpointError, match="no host memory"):
+        checkpoints.finish()
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_steps_are_saved_and_named(tmp_path: Path, asynchronous: bool) -> None:
     checkpoints = states.writer(tmp_path / "a" / "b", asynchronous=asynchronous)

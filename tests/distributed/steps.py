@@ -30,5 +30,5 @@ def make_step(engine: Engine, step: int, micro_batches: list[Batch]) -> tuple[Ma
     log: Any = Losses()
     guard = Guard(GuardConfig(), engine, str)
     state = TrainingState(engine, None, log, guard, torch.device("cpu"), {}, 0)  # type: ignore[arg-type]
-    made = take_step(state, step, micro_batches)
+    made = take_step(state, step, micro_batches, lambda: None)
     return made, sum(log) / len(log)

@@ -350,9 +350,9 @@ def _record() -> None:
         note({"stage": manifest.stage, "step": manifest.step, "parts": parts})
         return original_dump(manifest)
 
-    def save(self: Any, step: int, pieces: Any, private: Any, record: Any, wait: bool = False) -> None:
+    def save(self: Any, step: int, pieces: Any, private: Any, record: Any, **options: Any) -> None:
         note({"stage": record["stage"], "step": step, "parts": _private_parts(private)})
-        original_save(self, step, pieces, private, record, wait)
+        original_save(self, step, pieces, private, record, **options)
 
     writer.dump, writer.CheckpointWriter.save = dump, save  # type: ignore[method-assign]
 
