@@ -216,8 +216,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `benchmark.py step`."""
     add_trained_arguments(parser)
     parser.add_argument("--stage", nargs="+", default=["pretrain"], help="of the recipe (default: pretrain)")
-    parser.add_argument("--turns", type=int, default=20, help="of each loop (default: 20)")
-    parser.add_argument("--steps", type=int, default=20, help="of a turn (default: 20)")
+    parser.add_argument("--turns", type=int, default=15, help="of each loop (default: 15)")
+    parser.add_argument("--steps", type=int, default=10, help="of a turn (default: 10)")
 
 
 def choose_cases(options: argparse.Namespace) -> list[Case]:
