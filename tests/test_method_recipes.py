@@ -22,7 +22,6 @@ pytestmark = pytest.mark.usefixtures("deepspeed_imported")
 ROOT = Path(__file__).parents[1]
 OWN_TESTS = ("quickstart", "claims")
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith(OWN_TESTS))
-ZERO_STAGES = (0, 1, 2, 3)
 UNSCORED = (1, 2)  # a score is the export's, and exports are compared: scored without ZeRO, and with all of it
 STEPS = 2
 # CLIP's ResNet and ViT, and TextReID's dictionary, with next to no weights.
@@ -97,9 +96,12 @@ def train_all(configs: list[RunConfig]) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_alike_under_every_zero_stage(name: str, small, run_ranks) -> None:
+@pytest.mark.parametrize(
+    "zero_stages", [(0, 3), pytest.param((0, 1, 2, 3), marks=pytest.mark.long)], ids=["without and with all", "all"]
+)
+def test_a_recipe_trains_alike_under_zero_and_torch(name: str, zero_stages: tuple[int, ...], small, run_ranks) -> None:
     with_queue = not allowed(small(name, 1))
-    configs = [small(name, zero) for zero in ZERO_STAGES if zero < 3 or not with_queue]
+    configs = [small(name, zero) for zero in zero_stages if zero < 3 or not with_queue]
     configs.append(small(name, 1 if with_queue else 3, "torch"))
     run_ranks(2, train_all, configs)
     before = [build_encoder(config.model, config.seed).state_dict() for config in configs]

@@ -108,7 +108,7 @@ def test_small_models(name: str, rows: int, ranks: int, cases: list[tuple[str, .
     [
         ("unified_vit_b16", "t2i", 2, 1, "bf16"),
         # CPU kernels take 0.7 GB of scratch in bf16, more than a step of few rows and few trained weights.
-        ("unified_joint_vit_b16", "joint", 4, 1, "fp32"),
+        pytest.param("unified_joint_vit_b16", "joint", 4, 1, "fp32", marks=pytest.mark.long),
         ("prompt_decoupling_vit_b16", "prompt", 2, 1, "fp32"),
     ],
 )
