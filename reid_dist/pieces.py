@@ -25,7 +25,7 @@ class Piece:
     Attributes:
         part: of the state, such as `weights` or `queue`; a digest is made of each.
         name: of the tensor within the part.
-        rows_N: the rows, on any device; whoever takes a piece copies them before the next. Shape: (N, ...).
+        rows_N: the rows, on any device; not copied, unless they have to be. Shape: (N, ...).
         total: rows of the whole tensor.
         first: number of the first row.
         every: distance of two rows in the whole tensor: 1 for a block.

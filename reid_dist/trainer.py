@@ -80,6 +80,7 @@ def train(
         if is_out_of_memory(error):
             raise NoMemoryError(memory_line(error, done)) from error
         raise
+    companions.writer.check_same()
     try:
         companions.writer.finish()
     except CheckpointError as error:  # the stage is trained, and its export is what counts now

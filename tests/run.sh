@@ -19,7 +19,8 @@ ruff check .
 ruff format --check .
 mypy
 if [ "${1:-}" = --faults ]; then # every fault and more than fifty kills: many minutes
-    FAULTS_ALL=1 exec python -m pytest -q tests/faults "${@:2}"
+    cable=tests/nodes/test_launchers.py::test_a_cut_cable_ends_both_sides_in_time_and_nothing_differs_afterwards
+    FAULTS_ALL=1 exec python -m pytest -q -m '' tests/faults "$cable" "${@:2}"
 fi
 if [ "${1:-}" = --long ]; then # what takes minutes each
     exec python -m pytest -m long "${@:2}"

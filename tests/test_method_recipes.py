@@ -97,11 +97,11 @@ def train_all(configs: list[RunConfig]) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize(
-    "zero_stages", [(0, 3), pytest.param((0, 1, 2, 3), marks=pytest.mark.long)], ids=["without and with all", "all"]
+    "zero_stages", [(0, 3), pytest.param((0, 1, 2, 3), marks=pytest.mark.long)], ids=["least and most", "all"]
 )
 def test_a_recipe_trains_alike_under_zero_and_torch(name: str, zero_stages: tuple[int, ...], small, run_ranks) -> None:
     with_queue = not allowed(small(name, 1))
-    configs = [small(name, zero) for zero in zero_stages if zero < 3 or not with_queue]
+    configs = [small(name, zero) for zero in sorted({min(zero, 2 if with_queue else 3) for zero in zero_stages})]
     configs.append(small(name, 1 if with_queue else 3, "torch"))
     run_ranks(2, train_all, configs)
     before = [build_encoder(config.model, config.seed).state_dict() for config in configs]

@@ -191,7 +191,7 @@ def test_accumulation_enqueues_the_micro_steps_in_order(runs) -> None:
             assert (int(ids[number % 30]), int(sequence[number % 30])) == (int(expected[number]), number)
 
 
-def save_at_once_and_late(folder: Path) -> list[dict[int, dict[str, str]]]:
+def save_at_once_and_late(folder: Path, *mode: Any) -> list[dict[int, dict[str, str]]]:
     """The digests of every save; what may be copied beside training is copied late the second time."""
     copy = writer_module.with_pieces
 
@@ -202,13 +202,14 @@ def save_at_once_and_late(folder: Path) -> list[dict[int, dict[str, str]]]:
     found = []
     for name, slowed in (("at once", copy), ("late", late)):
         writer_module.with_pieces = slowed
-        run(3, True, folder / name, asynchronous=slowed is late, save_every=1)
+        run(*mode, folder / name, asynchronous=slowed is late, save_every=1)
         saved = saved_steps(folder / name / "checkpoints")
         found.append({step: read_manifest(path)[0].digests for step, path in saved.items()})
     return found
 
 
-def test_weights_stay_until_a_save_has_copied_them(run_ranks, tmp_path: Path) -> None:
-    at_once, late = run_ranks(1, save_at_once_and_late, tmp_path)[0]
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_stay_until_a_save_has_copied_them(mode: tuple[int, bool], run_ranks, tmp_path: Path) -> None:
+    at_once, late = run_ranks(1, save_at_once_and_late, tmp_path, *mode)[0]
     assert list(at_once) == [1, 2, 3] and at_once == late
     assert len({digests["weights"] for digests in at_once.values()}) == 2  # the engine skips the third step

@@ -97,25 +97,24 @@ class _Training:
         """Some optimizer steps."""
         for _ in range(steps):
             self._engine.backward(self._engine(self._batch)["loss"])
-            self._stand_still(self._writers["asynchronous"].wait_for_copy)
+            began = time.perf_counter()
+            self._writers["asynchronous"].wait_for_copy()
+            self._stalled += time.perf_counter() - began
             self._engine.step()
 
     def save(self, way: str) -> None:
         """Saves; returns when training may go on."""
         self._saves += 1
-        self._stand_still(partial(self._save, way))
+        self._synchronize()
+        began = time.perf_counter()
+        self._save(way)
+        self._synchronize()
+        self._stalled += time.perf_counter() - began
 
     def stalled(self) -> float:
         """Seconds that training has stood still on the slowest rank since this was asked last."""
         found, self._stalled = self._slowest([self._stalled]), 0.0
         return found[0]
-
-    def _stand_still(self, call: Callable[[], None]) -> None:
-        self._synchronize()
-        began = time.perf_counter()
-        call()
-        self._synchronize()
-        self._stalled += time.perf_counter() - began
 
     def _save(self, way: str) -> None:
         if way == "deepspeed":

@@ -50,7 +50,7 @@ class HostMemory:
         room = -(-size // _ALIGNMENT) * _ALIGNMENT
         for index, slab_X in enumerate(self._slabs):
             start = self._used[index]
-            if slab_X.numel() - start >= room:
+            if slab_X.numel() - start >= room and slab_X.is_pinned() == pinned:
                 self._used[index] += room
                 return slab_X[start : start + size]
         self._slabs.append(torch.empty(max(room, _SLAB), dtype=torch.uint8, pin_memory=pinned))

@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +36,7 @@ from reid_dist.checkpoint.reader import check_ours
 from reid_dist.checkpoint.retention import clean, purge, write_latest
 from reid_dist.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot, with_pieces
 from reid_dist.checkpoint.tensor_file import write_blocks, write_tensors
-from reid_dist.distributed import local_device, rank, world_size
+from reid_dist.distributed import check_equal_on_ranks, local_device, rank, world_size
 from reid_dist.errors import CheckpointError
 from reid_dist.files import beside, replace_folder
 from reid_dist.pieces import Piece
@@ -88,8 +88,10 @@ class CheckpointWriter:
         self._memory = HostMemory()
         self._commit = commit()
         self._thread: threading.Thread | None = None
+        self._step = 0
         self._copied = threading.Event()
         self._copied.set()
+        self._stream, self._ready = _own_stream()
         self._problem: Exception | None = None
         on_rank_0(lambda: _on_disk(lambda: _prepare(folder)), CheckpointError, self._group)
 
@@ -124,11 +126,19 @@ class CheckpointWriter:
         try:
             snapshot = take_snapshot(pieces, private, self._memory)
             taken = _Taken(step, snapshot, Record.model_validate(dict(record)), list(unchanging))
+            if self._ready is not None:
+                self._ready.record()
         except Exception as error:  # the thread tells the other ranks, which wait for this one there
             taken = error
+        self._step = step
         self._copied.clear()
-        self._thread = threading.Thread(target=self._run, args=(step, taken), name=f"checkpoint {step}", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(step, taken), name=f"checkpoint {step}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            self._copied.set()
+            raise
+        self._thread = thread
         if wait or not self._asynchronous:
             self.finish()
 
@@ -150,6 +160,14 @@ class CheckpointWriter:
             problem, self._problem = self._problem, None
             raise problem
 
+    def check_same(self) -> None:
+        """Compares the ranks' last saves; without it one that another rank left out would wait for it. Collective.
+
+        Raises:
+            DivergenceError: on every rank alike: they are of different steps.
+        """
+        check_equal_on_ranks(torch.tensor(self._step, device=local_device()), "the step of the last save")
+
     def close(self, patience_s: float) -> None:
         """Waits for a save that is under way, at most so long, whatever comes of it: for a run that ends otherwise."""
         if self._thread is not None:
@@ -162,11 +180,25 @@ class CheckpointWriter:
         try:
             if isinstance(taken, Exception):
                 return taken
-            return replace(taken, snapshot=with_pieces(taken.snapshot, taken.unchanging, self._memory), unchanging=[])
+            with self._beside_training():
+                whole = replace(taken, snapshot=with_pieces(taken.snapshot, taken.unchanging, self._memory))
+            taken.unchanging.clear()  # it may hold copies on the device
+            return whole
         except Exception as error:
             return error
         finally:
             self._copied.set()
+
+    @contextlib.contextmanager
+    def _beside_training(self) -> Iterator[None]:
+        """Inside, copies from a GPU wait for what `save` was called after, and for nothing that comes later."""
+        if self._stream is None or self._ready is None:
+            yield
+            return
+        torch.cuda.set_device(self._stream.device)  # a new thread begins with the first one
+        self._stream.wait_event(self._ready)
+        with torch.cuda.stream(self._stream):
+            yield
 
     def _check_start(self, taken: "_Taken | Exception") -> "_Taken":
         """Looks whether the ranks stand at one step, and whether the disk has room for what all of them hold."""
@@ -192,8 +224,6 @@ class CheckpointWriter:
 
     def _run(self, step: int, found: "_Taken | Exception") -> None:
         """The thread."""
-        if (device := local_device()).type == "cuda":  # a new thread begins with the first one
-            torch.cuda.set_device(device)
         partial = beside(step_folder(self._folder, step), "partial")
 
         def fail(words: str) -> CheckpointError:
@@ -246,6 +276,12 @@ class CheckpointWriter:
             purge(self._folder, step, self._keep, self._best)
         except OSError as error:  # this checkpoint is whole
             print(f"checkpoint: old ones could not be removed: {error}", flush=True)
+
+
+def _own_stream() -> tuple[torch.cuda.Stream | None, torch.cuda.Event | None]:
+    if (device := local_device()).type != "cuda":
+        return None, None
+    return torch.cuda.Stream(device), torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 def _own_group() -> dist.ProcessGroup | None:

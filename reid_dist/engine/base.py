@@ -114,6 +114,7 @@ class Engine(ABC):
     def pieces(self) -> Iterator[Piece]:
         """This rank's share of weights, frozen weights and the optimizer's state; between optimizer steps.
 
+        All pieces stay as they are until the next `step`: they are copied beside the forward and backward before it.
         Parts: `weights` (fp32, what the optimizer moves), `frozen` (fp32), one for each tensor of the optimizer's state
         under torch's name (`exp_avg`, `exp_avg_sq`, `momentum_buffer`) and `step`, its count for each parameter. Names
         are the stage's. Buffers are the ranks' own, and not here.

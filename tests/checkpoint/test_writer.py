@@ -18,7 +18,7 @@ from reid_dist.checkpoint.reader import open_checkpoint
 from reid_dist.checkpoint.retention import saved_steps
 from reid_dist.checkpoint.writer import CheckpointWriter
 from reid_dist.distributed import is_lost_peer, rank, world_size
-from reid_dist.errors import CheckpointError
+from reid_dist.errors import CheckpointError, DivergenceError
 from reid_dist.pieces import Piece
 from tests.checkpoint import states
 
@@ -58,6 +58,36 @@ def test_what_is_unchanging_is_copied_beside_training(tmp_path: Path, monkeypatc
     checkpoints.finish()
     checkpoint = open_checkpoint(step_folder(tmp_path, 1))
     assert float(checkpoint.whole("weights", "a").sum()) == 5 and float(checkpoint.whole("means", "b").sum()) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_copies_what_was_there_before_the_save(tmp_path: Path) -> None:
+    checkpoints, weight = states.writer(tmp_path), torch.zeros(1 << 24, device="cuda")
+    for _ in range(100):
+        weight.add_(1)  # still on its way when it is saved
+    own = Private({"first": torch.zeros(3)})  # of the host: its memory is not pinned
+    checkpoints.save(1, [], own, states.record(1), unchanging=[Piece("weights", "a", weight, len(weight))])
+    checkpoints.wait_for_copy()
+    weight.zero_()
+    checkpoints.finish()
+    assert bool((open_checkpoint(step_folder(tmp_path, 1)).whole("weights", "a") == 100).all())
+
+
+def _saves_of_different_steps(folder: Path) -> str:
+    checkpoints = states.writer(folder)
+    if rank() == 0:
+        checkpoints.save(1, states.pieces(1), states.private(1), states.record(1))
+    try:
+        checkpoints.check_same()
+    except DivergenceError as error:
+        return str(error)
+    return "the same"
+
+
+def test_a_last_save_that_one_rank_left_out_is_not_waited_for(tmp_path: Path, run_ranks: Callable) -> None:
+    (found, other) = run_ranks(2, _saves_of_different_steps, tmp_path)
+    assert found == other and found.startswith("the step of the last save is not the same on all ranks: two ranks")
 
 
 def test_nobody_waits_for_a_copy_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

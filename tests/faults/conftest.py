@@ -61,17 +61,12 @@ FAULTS = (
     *("wrong --resume", "disk full", "read-only folder", "NaN in one sample", "Inf in one sample"),
     *("NaN in one rank's gradient", "Inf in one rank's gradient", "too many NaN in a row", "loss spike"),
     *("history of the guard survives", "slow rank", "hung rank", "skipped collective", "desync", "out of memory"),
-    *("clock skew", "damaged shard", "another number of ranks", "a state left out of the checkpoint"),
+    *("network cut", "clock skew", "damaged shard", "another number of ranks", "a state left out of the checkpoint"),
 )
 _KILLS = 50
 passed: dict[str, bool] = {}  # of each test that was wanted, by its id
 kills: set[str] = set()
 faults: dict[str, list[str]] = {name: [] for name in FAULTS}
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for mark in ("kill: a process is killed, and counted", "fault(name): of the list", "every: only with --faults"):
-        config.addinivalue_line("markers", mark)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

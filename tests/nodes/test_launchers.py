@@ -106,6 +106,7 @@ def _end(process: "subprocess.Popen[str]") -> None:
     process.communicate()
 
 
+@pytest.mark.fault("network cut")
 def test_a_cut_cable_ends_both_sides_in_time_and_nothing_differs_afterwards(
     hosts: list[Host], tiny_recipe: Callable[..., RunConfig], tmp_path: Path, run_ranks: Callable
 ) -> None:
