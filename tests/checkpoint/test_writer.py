@@ -35,14 +35,20 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_unchanging_is_copied_beside_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, copy = threading.Event(), writer_module.with_pieces
+def hold_up(name: str, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Lets a function that the writer calls wait for the event."""
+    go_on, call = threading.Event(), getattr(writer_module, name)
 
     def slow(*arguments):
         assert go_on.wait(30)
-        return copy(*arguments)
+        return call(*arguments)
 
-    monkeypatch.setattr(writer_module, "with_pieces", slow)
+    monkeypatch.setattr(writer_module, name, slow)
+    return go_on
+
+
+def test_what_is_unchanging_is_copied_beside_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = hold_up("with_pieces", monkeypatch)
     checkpoints, weight, mean = states.writer(tmp_path), torch.ones(5), torch.ones(3)
     later = [Piece("weights", "a", weight, 5)]
     checkpoints.save(1, [Piece("means", "b", mean, 3)], Private(), states.record(1), unchanging=later)
@@ -126,13 +132,7 @@ def test_ranks_save_together(tmp_path: Path, run_ranks: Callable, ranks: int) ->
 
 
 def test_training_goes_on_while_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, write = threading.Event(), writer_module.write_tensors
-
-    def slow(*arguments):
-        assert go_on.wait(30)
-        return write(*arguments)
-
-    monkeypatch.setattr(writer_module, "write_tensors", slow)
+    go_on = hold_up("write_tensors", monkeypatch)
     checkpoints, weight = states.writer(tmp_path), torch.ones(5)
     checkpoints.save(1, [Piece("weights", "a", weight, 5)], Private(), states.record(1))
     weight.zero_()
