@@ -31,8 +31,7 @@ fi
 
 # Two halves side by side: most tests keep one core busy. What the first one says follows the second one's.
 first=(tests/benchmarks tests/claims tests/data tests/distributed tests/engine tests/evaluate tests/evaluation)
-first+=(tests/golden)
-first+=(tests/kernels tests/losses tests/models tests/report tests/stages)
+first+=(tests/golden tests/kernels tests/losses tests/models tests/report tests/stages tests/planning)
 said=$(mktemp)
 set -m # without job control bash would start it with interrupts ignored, and what it starts would ignore them too
 python -m pytest "${first[@]}" >"$said" 2>&1 &

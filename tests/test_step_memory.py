@@ -102,13 +102,13 @@ def test_small_models(name: str, rows: int, ranks: int, cases: list[tuple[str, .
         assert planned == pytest.approx(peak, rel=0.2), (overrides, planned / MIB, peak / MIB)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("recipe", "name", "rows", "ranks", "precision"),
     [
         ("unified_vit_b16", "t2i", 2, 1, "bf16"),
         # CPU kernels take 0.7 GB of scratch in bf16, more than a step of few rows and few trained weights.
-        pytest.param("unified_joint_vit_b16", "joint", 4, 1, "fp32", marks=pytest.mark.long),
+        ("unified_joint_vit_b16", "joint", 4, 1, "fp32"),
         ("prompt_decoupling_vit_b16", "prompt", 2, 1, "fp32"),
     ],
 )

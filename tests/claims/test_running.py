@@ -150,7 +150,7 @@ def test_changed_settings_are_refused_not_mixed(tiny: Settings, done: Callable[.
         run_job(Job(other, 0, (ARMS["base"],)), lambda _: None)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_runs_every_kind_of_arm_on_two_workers_and_continues(tmp_path: Path, run_ranks) -> None:
     """Joint stages, second class tokens, prompts, words and re-ranking; and one seed on two workers, so that this
     process runs the first phase itself and leaves its port and rank in the environment of the others. The second

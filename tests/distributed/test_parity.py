@@ -63,7 +63,7 @@ def expected() -> dict[str, dict]:
     return {name: reference(partial(make_stage, name), SGD) for name in (*STAGE_NAMES, *VARIANTS)}
 
 
-@pytest.mark.parametrize(("world", "cases"), [(1, FEWER), (2, EVERY), (4, FEWER)])
+@pytest.mark.parametrize(("world", "cases"), [(1, FEWER), (2, EVERY), pytest.param(4, FEWER, marks=pytest.mark.long)])
 def test_loss_gradients_and_parameters_equal_a_single_process(
     world: int, cases: list[tuple[str, int]], expected: dict[str, dict], run_ranks
 ) -> None:
