@@ -12,6 +12,7 @@ import torch
 from reid_dist import distributed
 from reid_dist.checkpoint.agreement import on_rank_0
 from reid_dist.checkpoint.portable import read_export, save_export
+from reid_dist.checkpoint.resume import latest_checkpoint
 from reid_dist.checkpoint.retention import purge_finished, saved_steps
 from reid_dist.config import ModelConfig, RunConfig
 from reid_dist.engine import prepare_environment, require_backend
@@ -133,8 +134,10 @@ def _check_resume(config: RunConfig, completed: set[str], resume: Resume) -> Non
         raise UserError(f"--resume never: {there[0]} holds earlier work; choose another output_dir, or remove it")
     if resume.how == "must" and not there:
         raise UserError(f"--resume must: {config.output_dir} holds neither a checkpoint nor a finished stage")
-    if resume.how not in ("auto", "must", "never") and len(completed) == len(folders):
-        raise UserError(f"--resume {resume.how}: all stages in {config.output_dir} are finished")
+    if resume.how not in ("auto", "must", "never"):
+        if len(completed) == len(folders):
+            raise UserError(f"--resume {resume.how}: all stages in {config.output_dir} are finished")
+        on_rank_0(lambda: latest_checkpoint(Path(resume.how), True, resume.fallback))
 
 
 def _completed(config: RunConfig, fingerprints: list[str]) -> set[str]:

@@ -14,6 +14,7 @@ from reid_dist.errors import UserError
 from reid_dist.inputs import open_inputs
 from reid_dist.recipe import run
 from reid_dist.recipe_file import load_config
+from reid_dist.stage_training import Resume
 from shards.write import write
 
 pytestmark = pytest.mark.usefixtures("deepspeed_imported")
@@ -97,6 +98,21 @@ def test_an_interrupted_run_continues_with_the_stage_it_was_in(finished, recipe,
 def test_other_settings_in_the_same_folder_are_refused(finished: Path, recipe, run_ranks) -> None:
     with pytest.raises(AssertionError, match="made from other settings"):
         run_ranks(1, run, recipe(finished, "optimizer.lr=5e-4"))
+
+
+def resume_from_nowhere(config: RunConfig, nowhere: str) -> str:
+    try:
+        run(config, Resume(nowhere))
+    except UserError as error:
+        return str(error)
+    return "it ran"
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_scored(recipe, run_ranks, tmp_path: Path) -> None:
+    config, nowhere = recipe(tmp_path / "run"), str(tmp_path / "nowhere")
+    (said,) = run_ranks(1, resume_from_nowhere, config, nowhere)
+    assert said == f"{nowhere}: no checkpoint there; leave out --resume to begin anew"
+    assert not list((tmp_path / "run").glob("*/*"))
 
 
 def test_a_later_stage_of_other_settings_is_refused_when_an_earlier_folder_was_removed(

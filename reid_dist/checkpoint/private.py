@@ -1,4 +1,4 @@
-"""What belongs to one rank alone: a run on as many ranks takes it up, one on another number starts it anew."""
+"""What belongs to one rank alone: rank r of a resumed run takes up rank r's, modulo the ranks that saved."""
 
 import hashlib
 import json

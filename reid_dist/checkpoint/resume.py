@@ -32,7 +32,7 @@ def choose(folder: Path, resume: Resume | Path, fallback: bool = False) -> Path 
     if isinstance(resume, str):
         chosen = on_rank_0(lambda: _choose_own(folder, resume == "must", fallback))
     else:
-        chosen = on_rank_0(lambda: _choose(resume, True, fallback))
+        chosen = on_rank_0(lambda: latest_checkpoint(resume, True, fallback))
     if chosen is not None and fallback:
         chosen = _newest_good(chosen)
     if chosen is not None:
@@ -41,25 +41,17 @@ def choose(folder: Path, resume: Resume | Path, fallback: bool = False) -> Path 
     return chosen
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that a run would go on from; None where there is none.
+def latest_checkpoint(folder: Path, must: bool = False, fallback: bool = False) -> Path | None:
+    """The checkpoint that a run would go on from, its files unseen; None where there is none.
 
     Args:
-        folder: of a stage's checkpoints.
+        folder: of a stage's checkpoints, or of one.
+        must: refuse where there is none.
+        fallback: where `latest` names none take the last.
 
     Raises:
-        UserError: `latest` names none.
+        UserError: there is none, or `latest` names none.
     """
-    return _choose(folder, must=False, fallback=False)
-
-
-def _choose_own(folder: Path, must: bool, fallback: bool) -> Path | None:
-    if folder.is_dir():  # not another's: a run may be saving there
-        clean(folder)
-    return _choose(folder, must, fallback)
-
-
-def _choose(folder: Path, must: bool, fallback: bool) -> Path | None:
     if (folder / MANIFEST_FILE).is_file():
         return folder
     saved = saved_steps(folder)
@@ -74,6 +66,12 @@ def _choose(folder: Path, must: bool, fallback: bool) -> Path | None:
     if fallback and saved:
         return list(saved.values())[-1]
     raise UserError(f"{latest}: {_wrong(folder, name)}; {_ways_out(saved)}")
+
+
+def _choose_own(folder: Path, must: bool, fallback: bool) -> Path | None:
+    if folder.is_dir():  # not another's: a run may be saving there
+        clean(folder)
+    return latest_checkpoint(folder, must, fallback)
 
 
 def _wrong(folder: Path, name: str) -> str:

@@ -26,7 +26,7 @@ def test_rows(run_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     for row in rows:
         assert 8 < row["state_mb"] < 20  # the towers beside the word table
         assert row["stall_s"] > 0 and row["total_s"] > 0 and row["first_stall_s"] > 0 and row["steps"] >= 2
-    assert rows[1]["stall_s"] < rows[1]["total_s"]
+    assert rows[1]["stall_s"] < min(rows[0]["stall_s"], rows[1]["total_s"])
     for way in WAYS[:2]:
         assert len(list((tmp_path / way).glob("step-*"))) == 1
     assert (tmp_path / "deepspeed" / "state").is_dir()
